@@ -1,0 +1,264 @@
+"""Preference pairs -> what the model reads: prompt, tokens, pictures, batches.
+
+    Pair {id, image, prompt, chosen, rejected}  (readers.py)
+      -> Processor: prompt ids with the image placeholders expanded, response ids + EOS, prepared pictures
+      -> Example    one pair, m_l drawn from (seed, row, epoch)
+      -> Batch      right-padded, with the mask of response tokens
+
+Ids are concatenated, strings are never split to find a boundary: prompt ids, then the response's own ids, then EOS.
+A row that cannot be used is a Problem with file, row and id (readers.py); nothing is cut or dropped silently.
+
+Deviations from the papers and their releases
+1. m_l is drawn here, once per example and epoch, so policy and reference score the same picture (images.py has more).
+2. `<image>` anywhere in a question is moved to the front, as LLaVA's own training does.
+3. An example that is too long is refused; the mDPO release cuts the prompt (its picture, even) or both responses.
+"""
+
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
+
+import images
+from images import ImageSpec
+from model import Config
+from readers import SYSTEM, Pair, Problem
+
+MAX_LENGTH = 4096  # expanded tokens; RoPE has no table, so no config's max_position_embeddings limits it
+
+
+@dataclass(frozen=True)
+class Template:
+    """How a base was taught to read: Vicuna's prompt for both, the ends differ."""
+
+    bos: bool = True
+    response_blank: bool = False  # " The" or "The" after "ASSISTANT:"; Llama's tokenizer adds its own blank
+    image: ImageSpec = ImageSpec()
+
+
+VICUNA = Template()
+IMAGE_TOKEN = "<image>"
+
+
+class Processor:
+    """Text and pictures of one base -> ids and tensors. `tokenizer` is the base's tokenizer.json."""
+
+    def __init__(self, tokenizer: Tokenizer, config: Config, template: Template = VICUNA):
+        self.tokenizer, self.config = tokenizer, config
+        self.template = replace(template, image=replace(template.image, size=config.vision.image_size))
+        tokenizer.encode_special_tokens = True  # "</s>" inside a text is text, never the end-of-sequence id
+        special = [t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special]
+        self.special_texts = sorted({*special, IMAGE_TOKEN})
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def prompt_ids(self, question: str, with_image: bool = True) -> list[int]:
+        """BOS, system text, the picture's placeholders, question, "ASSISTANT:". Each chunk around <image> is encoded
+        on its own, as LLaVA does, so each gets its own dummy blank."""
+        c = self.config
+        ids = [c.bos_id] if self.template.bos else []
+        if not with_image:
+            return ids + self.encode(f"{SYSTEM} USER: {question} ASSISTANT:")
+        ids += self.encode(f"{SYSTEM} USER: ") + [c.image_id] * c.vision.patches
+        return ids + self.encode(f"\n{question} ASSISTANT:")
+
+    def response_ids(self, response: str) -> list[int]:
+        """The stripped response and EOS, which is scored too."""
+        blank = " " if self.template.response_blank else ""
+        return self.encode(blank + response.strip()) + [self.config.eos_id]
+
+    def decode(self, ids: list[int]) -> str:
+        """Generated ids up to EOS -> text."""
+        if self.config.eos_id in ids:
+            ids = ids[: ids.index(self.config.eos_id)]
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+    def prepare(self, image: Image.Image) -> Tensor:
+        return images.prepare(image, self.template.image)  # (3, S, S)
+
+
+# ---- checking ------------------------------------------------------------------------------------------------------
+
+
+def text_problem(pair: Pair, processor: Processor, with_image: bool, max_length: int) -> Problem | None:
+    """The first thing wrong with a pair's texts, or None."""
+    for name in ("prompt", "chosen", "rejected"):
+        text = getattr(pair, name)
+        if not text.strip():
+            return Problem(pair.row, pair.id, f"empty {name}")
+        found = [s for s in processor.special_texts if s in text]
+        if found:
+            return Problem(pair.row, pair.id, "special-token text inside data", f"{found[0]} in {name}")
+    prompt = len(processor.prompt_ids(pair.prompt, with_image))
+    longest = prompt + max(len(processor.response_ids(r)) for r in (pair.chosen, pair.rejected))
+    if longest > max_length:
+        return Problem(pair.row, pair.id, "too long", f"{longest} tokens, --max-length is {max_length}")
+    return None
+
+
+def image_problem(pair: Pair, strategy: str | None) -> Problem | None:
+    """Decodes the picture(s) once, small, so that broken files are found before training."""
+    wanted = [("image", pair.image)] + ([("image_rejected", pair.image_rejected)] if strategy == "given" else [])
+    for name, source in wanted:
+        if source is None:
+            return Problem(pair.row, pair.id, f"no {name}")
+        try:
+            images.open_image(source)
+        except ValueError as e:
+            reason = "missing image" if str(e) == "missing image" else "broken image"
+            return Problem(pair.row, pair.id, reason, f"{source if isinstance(source, Path) else 'bytes'}: {e}")
+    return None
+
+
+def find_problems(pairs: list[Pair], processor: Processor, with_image: bool = True, strategy: str | None = None,
+                  max_length: int = MAX_LENGTH) -> list[Problem]:  # fmt: skip
+    """Problems of every pair, at most one each: texts first, then pictures, decoded in parallel."""
+    problems = [text_problem(p, processor, with_image, max_length) for p in tqdm(pairs, "texts", disable=None)]
+    left = [p for p, problem in zip(pairs, problems, strict=True) if problem is None]
+    if with_image:
+        with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter lock
+            found = pool.map(lambda p: image_problem(p, strategy), left)
+            problems += tqdm(found, "pictures", len(left), disable=None)
+    return [p for p in problems if p is not None]
+
+
+def usable(pairs: list[Pair], problems: list[Problem], file: Path, skip_bad: bool) -> list[Pair]:
+    """The pairs without problems. SystemExit naming the first bad row and the count by reason, unless skip_bad."""
+    bad = {p.row for p in problems}
+    if problems:
+        counts = ", ".join(f"{n} {reason}" for reason, n in Counter(p.reason for p in problems).most_common())
+        total = len(pairs) + len(bad - {p.row for p in pairs})
+        first = min(problems)
+        summary = f"{len(bad)} of {total} rows cannot be used ({counts})"
+        where = f"{file}:{first.row}: id {first.id}: {first.reason}{': ' + first.detail if first.detail else ''}"
+        if not skip_bad:
+            raise SystemExit(f"{where}\n{summary}. Mend the data, or leave these rows out with --skip-bad.")
+        print(f"{file}: {summary}, left out (--skip-bad); the first: {where}")
+    pairs = [p for p in pairs if p.row not in bad]
+    if not pairs:
+        raise SystemExit(f"{file}: no usable rows")
+    return pairs
+
+
+# ---- examples and batches ------------------------------------------------------------------------------------------
+
+
+class Example(NamedTuple):
+    pair: Pair
+    prompt: Tensor  # (P,) int64, N of them image placeholders
+    chosen: Tensor  # (Tw,) response ids and EOS
+    rejected: Tensor  # (Tl,)
+    image: Tensor | None  # m_w (3, S, S); None for dpo-no-image
+    image_rejected: Tensor | None  # m_l (3, S, S); None where the objective does not look at it
+
+
+class Tokens(NamedTuple):
+    input_ids: Tensor  # (B, T) int64, right-padded
+    response_mask: Tensor  # (B, T) bool, True on response tokens, EOS included
+
+
+class Batch(NamedTuple):
+    chosen: Tokens
+    rejected: Tokens
+    images: Tensor | None  # m_w (B, 3, S, S)
+    image_rejected: Tensor | None  # m_l (B, 3, S, S)
+
+    def to(self, device: torch.device) -> "Batch":
+        tokens = [Tokens(*(t.to(device, non_blocking=True) for t in side)) for side in self[:2]]
+        pictures = [None if t is None else t.to(device, non_blocking=True) for t in self[2:]]
+        return Batch(*tokens, *pictures)
+
+
+class PairData(Dataset):
+    """Examples by (epoch, index): the epoch is part of what is asked for, since m_l is drawn anew in each."""
+
+    def __init__(self, pairs: list[Pair], processor: Processor, strategy: str | None = None, seed: int = 0,
+                 fresh_every_epoch: bool = True, with_image: bool = True):  # fmt: skip
+        self.pairs, self.processor, self.strategy, self.seed = pairs, processor, strategy, seed
+        self.fresh_every_epoch, self.with_image = fresh_every_epoch, with_image
+        if strategy == "random" and len(pairs) < 2:
+            raise SystemExit("--rejected-image random takes another example's picture: at least 2 pairs are needed")
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, key: tuple[int, int]) -> Example:
+        epoch, index = key
+        pair, p = self.pairs[index], self.processor
+        ids = (p.prompt_ids(pair.prompt, self.with_image), p.response_ids(pair.chosen), p.response_ids(pair.rejected))
+        image = m_w = m_l = None
+        if self.with_image:
+            image = images.open_image(pair.image)
+            m_w = p.prepare(image)
+        if self.strategy:
+            m_l = self.image_rejected(pair, index, image, m_w, epoch if self.fresh_every_epoch else 0)
+        return Example(pair, *(torch.tensor(i) for i in ids), m_w, m_l)
+
+    def image_rejected(self, pair: Pair, index: int, image: Image.Image, m_w: Tensor, epoch: int) -> Tensor:
+        """m_l (3, S, S), a function of (seed, row, epoch) alone. `image` is the original, `m_w` it prepared."""
+        rng = np.random.default_rng((self.seed, pair.row, epoch))
+        if self.strategy == "same":
+            return m_w
+        if self.strategy == "given":
+            return self.processor.prepare(images.open_image(pair.image_rejected))
+        if self.strategy in images.ON_TENSOR:
+            return images.ON_TENSOR[self.strategy](m_w, rng)
+        args = ()
+        if self.strategy == "random":
+            other = (index + rng.integers(1, len(self.pairs))) % len(self.pairs)  # never itself
+            args = (images.open_image(self.pairs[other].image),)
+        return self.processor.prepare(images.ON_PICTURE[self.strategy](image, rng, *args))
+
+
+def pad_rows(prompts: list[Tensor], responses: list[Tensor], pad_id: int) -> Tokens:
+    """[prompt | response | padding] rows. Right padding: under a causal mask no real token sees it."""
+    lengths = [(len(p), len(r)) for p, r in zip(prompts, responses, strict=True)]
+    T = max(p + r for p, r in lengths)
+    input_ids = torch.full((len(prompts), T), pad_id)  # (B, T)
+    response_mask = torch.zeros(len(prompts), T, dtype=torch.bool)  # (B, T)
+    for i, (p, r) in enumerate(lengths):
+        input_ids[i, :p], input_ids[i, p : p + r] = prompts[i], responses[i]
+        response_mask[i, p : p + r] = True
+    return Tokens(input_ids, response_mask)
+
+
+def collate(examples: list[Example], config: Config) -> Batch:
+    prompts = [e.prompt for e in examples]
+    chosen, rejected = (pad_rows(prompts, [getattr(e, s) for e in examples], config.pad_id) for s in Batch._fields[:2])
+    pictures = [None if getattr(examples[0], s) is None else torch.stack([getattr(e, s) for e in examples])
+                for s in ("image", "image_rejected")]  # fmt: skip
+    slots, used = int((chosen.input_ids == config.image_id).sum()), 0 if pictures[0] is None else len(examples)
+    assert slots == used * config.vision.patches, f"{slots} placeholders for {used} pictures"
+    return Batch(chosen, rejected, *pictures)
+
+
+class EpochSampler(Sampler):
+    """(epoch, index) for all epochs, each a permutation seeded by (seed, epoch), from position `start` on."""
+
+    def __init__(self, n: int, epochs: int, seed: int, start: int = 0):
+        self.n, self.epochs, self.seed, self.start = n, epochs, seed, start
+
+    def __iter__(self):
+        for epoch in range(self.start // self.n, self.epochs):
+            order = np.random.default_rng((self.seed, epoch)).permutation(self.n)
+            skip = self.start - epoch * self.n if epoch == self.start // self.n else 0
+            yield from ((epoch, int(index)) for index in order[skip:])
+
+    def __len__(self) -> int:
+        return self.n * self.epochs - self.start
+
+
+def example_loader(data: PairData, sampler: Sampler, workers: int) -> DataLoader:
+    """Examples one by one in the sampler's order, prepared by worker processes."""
+    return DataLoader(data, batch_size=None, sampler=sampler, num_workers=workers, persistent_workers=False,
+                      prefetch_factor=8 if workers else None, pin_memory=torch.cuda.is_available())  # fmt: skip

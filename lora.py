@@ -1,0 +1,171 @@
+"""LoRA (Hu et al. 2021) by hand: y = W x + s B A x, with s = alpha / r (or alpha / sqrt(r) for rsLoRA).
+
+The reference model of DPO is not a second model: it is the same weights with the adapter off,
+    with lora_disabled(model): ...
+(mDPO 2.1: pi_ref is the model training starts from; B starts at zero, so policy and reference start equal.)
+
+Deviations from the papers' released code
+1. No LoRA dropout: both releases set 0.05 and their trainer then zeroes every dropout; here it does not exist.
+2. A is drawn from a generator seeded in the call, not from the global state.
+
+Files are PEFT's: adapter_model.safetensors with keys `base_model.model.<path>.lora_A.weight` (no adapter name) and
+adapter_config.json. Three spellings of <path> are in use for one decoder; all are read, one is chosen when writing.
+"""
+
+import json
+import math
+import os
+import re
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of every decoder layer
+
+# How a decoder layer is called in adapter files; ours is "language_model.layers.".
+SPELLINGS = {
+    "hub": "language_model.model.layers.",  # llava-hf checkpoints, every PEFT that knows LLaVA: the portable one
+    "transformers5": "model.language_model.layers.",  # what PEFT on transformers >= 4.52 writes
+    "original": "model.layers.",  # haotian-liu's LLaVA and Bunny
+}
+PREFIX = re.compile(r"base_model\.model\.(?:language_model\.model|model\.language_model|model)\.layers\.")
+
+
+class LoRALinear(nn.Module):
+    """A frozen Linear with a low-rank update beside it. x (..., in) -> (..., out)."""
+
+    def __init__(self, base: nn.Linear, r: int, scaling: float, generator: torch.Generator):
+        super().__init__()
+        self.base, self.scaling, self.enabled = base, scaling, True
+        A = torch.empty(r, base.in_features)
+        bound = 1 / math.sqrt(base.in_features)  # kaiming_uniform(a = sqrt 5), as nn.Linear and PEFT
+        A.uniform_(-bound, bound, generator=generator)
+        self.lora_A = nn.Parameter(A.to(base.weight.device))  # (r, in) float32
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=base.weight.device))  # (out, r) float32
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        if not self.enabled:
+            return y
+        update = F.linear(F.linear(x.to(self.lora_A.dtype), self.lora_A), self.lora_B)  # (..., in) -> r -> (..., out)
+        return y + (self.scaling * update).to(y.dtype)
+
+
+def scaling_of(r: int, alpha: float, rslora: bool = False) -> float:
+    return alpha / math.sqrt(r) if rslora else alpha / r
+
+
+def add_lora(model: nn.Module, r: int = 64, alpha: float = 128, rslora: bool = False, seed: int = 0,
+             targets: tuple[str, ...] | None = None) -> list[nn.Parameter]:  # fmt: skip
+    """Wraps the target linears of every decoder layer, freezes all else, returns the adapter's parameters.
+
+    r 64, alpha 128: mDPO 4.1. Not the head, the projector or the vision tower (whose q_proj has the same name).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    model.requires_grad_(False)
+    targets = targets or getattr(model, "lora_targets", TARGETS)
+    for layer in model.language_model.layers:
+        for parent in list(layer.modules()):
+            for name, child in list(parent.named_children()):
+                if name in targets:
+                    setattr(parent, name, LoRALinear(child, r, scaling_of(r, alpha, rslora), generator))
+    model.lora_config = {"r": r, "lora_alpha": alpha, "use_rslora": rslora}
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def lora_modules(model: nn.Module) -> dict[str, LoRALinear]:
+    """name -> LoRALinear, names like language_model.layers.0.self_attn.q_proj."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+@contextmanager
+def lora_disabled(model: nn.Module):
+    """Inside, the model is the reference model pi_ref: the same weights without the adapter."""
+    modules = lora_modules(model).values()
+    assert modules, "lora_disabled: the model has no LoRA"
+    for m in modules:
+        m.enabled = False
+    try:
+        yield
+    finally:
+        for m in modules:
+            m.enabled = True
+
+
+@torch.no_grad()
+def merge_lora(model: nn.Module) -> None:
+    """W += s B A in float32, then back to W's dtype, and the adapter is gone. For export; training never merges."""
+    for name, m in lora_modules(model).items():
+        weight = m.base.weight
+        weight.copy_((weight.float() + m.scaling * (m.lora_B.float() @ m.lora_A.float())).to(weight.dtype))
+        parent = model.get_submodule(name.rpartition(".")[0])
+        setattr(parent, name.rpartition(".")[2], m.base)
+
+
+# ---- files ---------------------------------------------------------------------------------------------------------
+
+
+def adapter_state(model: nn.Module, spelling: str = "hub") -> dict[str, Tensor]:
+    state = {}
+    for name, m in lora_modules(model).items():
+        path = "base_model.model." + name.replace("language_model.layers.", SPELLINGS[spelling], 1)
+        state[f"{path}.lora_A.weight"] = m.lora_A.detach().cpu().contiguous()
+        state[f"{path}.lora_B.weight"] = m.lora_B.detach().cpu().contiguous()
+    return state
+
+
+def save_adapter(model: nn.Module, folder: Path, base: str, spelling: str = "hub") -> None:
+    """Writes adapter_model.safetensors and adapter_config.json as PEFT does, then reads them back and compares."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = adapter_state(model, spelling)
+    targets = sorted({name.rpartition(".")[2] for name in lora_modules(model)})
+    # A regex, not a list: a list of suffixes would also match the vision tower's q, k, v.
+    scope = "" if spelling == "original" else "language_model.*"
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, **model.lora_config,
+        "target_modules": rf".*{scope}layers\.\d+\..*({'|'.join(targets)})", "bias": "none", "lora_dropout": 0.0,
+        "use_dora": False, "fan_in_fan_out": False, "modules_to_save": None, "inference_mode": True,
+    }  # fmt: skip
+    weights, settings = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    save_file(state, f"{weights}.part", metadata={"format": "pt"})
+    Path(f"{settings}.part").write_text(json.dumps(config, indent=2) + "\n")
+    back = load_file(f"{weights}.part")
+    assert back.keys() == state.keys() and all(torch.equal(back[k], state[k]) for k in state), f"{weights}: read back"
+    os.replace(f"{weights}.part", weights)  # both files are whole or not there
+    os.replace(f"{settings}.part", settings)
+
+
+def load_adapter(model: nn.Module, folder: Path) -> None:
+    """Adds LoRA to the model from a PEFT folder, any of the spellings; a key that does not fit is an error."""
+    folder = Path(folder)
+    weights, settings = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    for file in (weights, settings):
+        if not file.is_file():
+            raise SystemExit(f"{file}: not there. An adapter folder holds {weights.name} and {settings.name}.")
+    config = json.loads(settings.read_text())
+    unsupported = [k for k in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
+                   if config.get(k)]  # fmt: skip
+    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or unsupported:
+        raise SystemExit(f"{settings}: only plain LoRA without bias is read here; found {config.get('peft_type')}, "
+                         f"bias {config.get('bias')}, {unsupported}")  # fmt: skip
+    state = {}
+    for key, value in load_file(weights).items():
+        name = PREFIX.sub("language_model.layers.", key).replace(".default.", ".").removesuffix(".weight")
+        state[name] = value
+    targets = tuple(sorted({name.split(".")[-2] for name in state if name.startswith("language_model.")}))
+    add_lora(model, config["r"], config["lora_alpha"], bool(config.get("use_rslora")), targets=targets)
+    own = {f"{name}.{ab}": getattr(m, ab) for name, m in lora_modules(model).items() for ab in ("lora_A", "lora_B")}
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    wrong = [f"{k} {tuple(state[k].shape)}, expected {tuple(own[k].shape)}" for k in sorted(own.keys() & state.keys())
+             if state[k].shape != own[k].shape]  # fmt: skip
+    if missing or unexpected or wrong:
+        lines = [f"  {len(found)} {what}: {', '.join(found[:10])}" for what, found in
+                 (("missing", missing), ("unexpected", unexpected), ("of wrong shape", wrong)) if found]  # fmt: skip
+        raise SystemExit(f"{weights}: does not fit this base.\n" + "\n".join(lines))
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(state[name])

@@ -1,0 +1,258 @@
+"""Train a LoRA adapter with mDPO, DPO or PDS-DPO: one flag block, one plain loop.
+
+    python train.py --base toy                                       the demo: a small world, a few minutes on a CPU
+    python train.py --base llava-1.5-7b --data preferences.json      the paper's run (mDPO 4.1) on one GPU
+
+Files to read for one step, in order: train.py (loop) -> data.py (Batch) -> losses.py (plain_logps, mdpo_terms) ->
+model.py (forward) -> lora.py (the reference is the model with its adapter off).
+
+Deviations from the papers and their released code
+1. The last, smaller batch of an epoch is used and averaged over what it holds; the release drops it.
+2. Policy and reference see the same m_l (data.py, 1); in the release the first loss is not 3 ln 2.
+3. PDS-DPO's text says batch 1 x accumulation 4 on 2 GPUs = 8, its script accumulates 1; the paper's 8 is the default.
+4. LoRA weights are float32 and so is AdamW's state, on every base dtype.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import resource
+import sys
+import time
+from collections import defaultdict
+from itertools import islice
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import bunny
+import images
+import losses
+from data import MAX_LENGTH, VICUNA, EpochSampler, PairData, Processor, collate, example_loader, find_problems, usable
+from lora import add_lora, lora_disabled, lora_modules, save_adapter
+from readers import read_pairs
+from weights import SOURCES, load_base, load_tokenizer
+
+# mDPO 4.1 gives lr, epochs, batch, schedule, warm-up, beta, delta, LoRA; its release adds AdamW's numbers and clipping.
+MDPO = dict(
+    terms="dpo,copo,ancpo", anchors="w", beta=0.1, delta=0.0,  # mDPO 3, 4.1
+    lr=1e-5, epochs=3, batch=32, warmup=0.1,  # mDPO 4.1; linear warm-up from 0, cosine to 0
+    lora_r=64, lora_alpha=128.0,  # mDPO 4.1
+    adam_beta1=0.9, adam_beta2=0.98, weight_decay=0.05, clip=1.0,  # mDPO release, config.yaml
+)  # fmt: skip
+RECIPES = {
+    "mdpo": MDPO,
+    "dpo": MDPO | dict(terms="dpo"),  # mDPO 4.1: "the same training process, data, and hyper-parameters"
+    "dpo-no-image": MDPO | dict(terms="dpo"),  # mDPO Fig. 1: picture and <image> left out of training prompts
+    "pds-dpo": MDPO | dict(
+        terms="dpo", epochs=2, batch=8,  # PDS-DPO paper: 2 epochs, lr 1e-5, 1 x 4 x 2 GPUs
+        lora_r=128, lora_alpha=256.0, warmup=0.03, weight_decay=0.0, adam_beta2=0.999,  # PDS-DPO release
+    ),
+}  # fmt: skip
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    yes_no = argparse.BooleanOptionalAction
+    g = p.add_argument_group("what")
+    g.add_argument("--base", required=True, help=f"toy, {', '.join(SOURCES)}, or a checkpoint folder")
+    g.add_argument("--recipe", choices=RECIPES, help="objective and settings of a paper (default mdpo)")
+    g.add_argument("--data", type=Path, help="preference file; formats in readers.py")
+    g.add_argument("--image-root", type=Path, help="folder the image paths start from (default: the data file's)")
+    g.add_argument("--weights", type=Path, help="folder of the base's checkpoint, instead of the hub's cache")
+    g.add_argument("--vision-weights", type=Path, help="CLIP or SigLIP folder, for layouts without the vision tower")
+    g.add_argument("--out", type=Path, help="run folder, must be empty or new (default runs/BASE-RECIPE-SEED)")
+    g = p.add_argument_group("objective (default: the recipe's)")
+    g.add_argument("--terms", help="which of dpo,copo,ancpo")
+    g.add_argument("--anchors", help="what AncPO holds: w (chosen, above delta), l and m_l (below it)")
+    g.add_argument("--beta", type=float, help="temperature of the rewards")
+    g.add_argument("--delta", type=float, help="anchor, outside beta")
+    g.add_argument("--rejected-image", default="crop", choices=images.STRATEGIES, help="how m_l is made from m_w")
+    g.add_argument("--crop-every-epoch", default=True, action=yes_no, help="draw m_l anew each epoch, else epoch 0's")
+    g = p.add_argument_group("optimisation (default: the recipe's)")
+    g.add_argument("--lr", type=float, help="peak learning rate")
+    g.add_argument("--epochs", type=int)
+    g.add_argument("--batch", type=int, help="pairs per optimiser step")
+    g.add_argument("--micro-batch", type=int, default=1, help="pairs per forward")
+    g.add_argument("--warmup", type=float, help="share of the steps with rising learning rate")
+    g.add_argument("--adam-beta1", type=float)
+    g.add_argument("--adam-beta2", type=float)
+    g.add_argument("--weight-decay", type=float)
+    g.add_argument("--clip", type=float, help="largest gradient norm")
+    g.add_argument("--lora-r", type=int)
+    g.add_argument("--lora-alpha", type=float)
+    g.add_argument("--max-steps", type=int, help="stop after this many optimiser steps; the schedule ends there too")
+    g.add_argument("--seed", type=int, default=0, help="order of the data, m_l, LoRA's A")
+    g = p.add_argument_group("data and machine")
+    g.add_argument("--max-length", type=int, default=MAX_LENGTH, help="longest prompt + response, image tokens counted")
+    g.add_argument("--skip-bad", action="store_true", help="leave out rows that cannot be used, instead of stopping")
+    g.add_argument("--bunny-template", default="tuned", choices=("tuned", "released"), help="blank before a response")
+    g.add_argument("--workers", type=int, default=2, help="processes that prepare pictures")
+    g.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the base (default bfloat16 on CUDA)")
+    g.add_argument("--checkpointing", default=None, action=yes_no, help="recompute activations (default on CUDA)")
+    # the recipe's settings are defaults: a flag that is given wins
+    chosen, _ = p.parse_known_args(argv)
+    p.set_defaults(**RECIPES[chosen.recipe or "mdpo"])
+    args = p.parse_args(argv)
+    args.demo = args.base == "toy" and not args.recipe and not args.data
+    args.recipe = args.recipe or "mdpo"
+    args.terms, args.anchors = args.terms.split(","), args.anchors.split(",")
+    for flag, known in (("terms", losses.TERMS), ("anchors", losses.ANCHORS)):
+        if unknown := [v for v in getattr(args, flag) if v not in known]:
+            p.error(f"--{flag}: unknown {', '.join(unknown)}; choose from {', '.join(known)}")
+    for flag in ("epochs", "batch", "micro_batch", "lora_r"):
+        if getattr(args, flag) < 1:
+            p.error(f"--{flag.replace('_', '-')} must be at least 1")
+    return args
+
+
+# ---- set-up --------------------------------------------------------------------------------------------------------
+
+
+def new_run_folder(args: argparse.Namespace) -> Path:
+    """args.out, or runs/BASE-RECIPE-SEED; created. SystemExit if something is already in it."""
+    out = args.out or Path("runs") / f"{Path(args.base).name}-{args.recipe}-{args.seed}"
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise SystemExit(f"{out}: not empty. Give another --out, or remove it; a run never overwrites another.")
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def load_everything(args: argparse.Namespace, device: torch.device):
+    """Model with a fresh adapter, adapter parameters, data set. Data trouble stops here, before anything is written."""
+    dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    if not args.data:
+        raise SystemExit("--data FILE is needed (formats: readers.py)")
+    pairs, problems = read_pairs(args.data, args.image_root)
+    model, folder = load_base(args.base, args.weights, args.vision_weights, dtype, device)
+    template = VICUNA
+    if isinstance(model, bunny.Bunny):
+        template = bunny.TEMPLATE if args.bunny_template == "tuned" else bunny.TEMPLATE_RELEASED
+    processor = Processor(load_tokenizer(folder), model.config, template)
+    with_image = args.recipe != "dpo-no-image"
+    strategy = args.rejected_image if losses.needs_image_rejected(args.terms, args.anchors) else None
+    if strategy and not with_image:
+        raise SystemExit("dpo-no-image has no pictures: leave copo out of --terms and m_l out of --anchors")
+    problems += find_problems(pairs, processor, with_image, strategy, args.max_length)
+    pairs = usable(pairs, problems, args.data, args.skip_bad)
+    data = PairData(pairs, processor, strategy, args.seed, args.crop_every_epoch, with_image)
+    parameters = add_lora(model, args.lora_r, args.lora_alpha, seed=args.seed)
+    checkpointing = device.type == "cuda" if args.checkpointing is None else args.checkpointing
+    model.language_model.checkpointed = model.config.layers if checkpointing else 0
+    print(f"{len(pairs)} pairs; LoRA r {args.lora_r} on {len(lora_modules(model))} linears, "
+          f"{sum(p.numel() for p in parameters):,} of {sum(p.numel() for p in model.parameters()):,} parameters; "
+          f"{device} {dtype}".replace("torch.", ""))  # fmt: skip
+    return model, parameters, data
+
+
+def lr_at(step: int, total: int, warmup: float, peak: float) -> float:
+    """Linear from 0 over the warm-up (so the first optimiser step has lr 0), then half a cosine to 0 (mDPO 4.1)."""
+    rising = math.ceil(total * warmup)
+    if step < rising:
+        return peak * step / rising
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, total - rising)))
+
+
+def peak_gib(device: torch.device) -> float:
+    """Largest memory so far: allocated on the GPU, or resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB here
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+LINE = ("step", "loss", "losses/dpo", "losses/copo", "losses/ancpo", "rewards/margins", "rewards/image_margins",
+        "rewards/accuracies", "lr", "grad_norm", "pairs_per_s", "peak_gib")  # fmt: skip
+HEADER = f"{'step':>11} |   loss |    dpo    copo   ancpo | margin  image |  acc |      lr | gnorm | pairs/s |   GiB"
+
+
+def line(row: dict, steps: int) -> str:
+    """One log row, fixed width; a term that is off shows as a dash."""
+    v = [row.get(key) for key in LINE]
+    t = [f"{x:7.4f}" if x is not None else "      -" for x in v[2:7]]
+    return (f"{v[0]:>5}/{steps:<5} | {v[1]:6.4f} | {t[0]} {t[1]} {t[2]} | {t[3][1:]} {t[4][1:]} | {v[7]:4.2f} | "
+            f"{v[8]:.1e} | {v[9]:5.2f} | {v[10]:7.2f} | {v[11]:5.2f}")  # fmt: skip
+
+
+# ---- the loop ------------------------------------------------------------------------------------------------------
+
+
+def train(args: argparse.Namespace) -> Path:
+    """Trains one recipe and returns its run folder: adapter, args.json, log.jsonl."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, parameters, data = load_everything(args, device)
+    out = new_run_folder(args)
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    (out / "args.json").write_text(json.dumps(settings, indent=2) + "\n")
+    score = losses.plain_logps
+    autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(args.adam_beta1, args.adam_beta2),
+                                  weight_decay=args.weight_decay)  # fmt: skip
+
+    sizes = [args.batch] * (len(data) // args.batch) + [len(data) % args.batch] * (len(data) % args.batch > 0)
+    steps = min(len(sizes) * args.epochs, args.max_steps or math.inf)
+    examples = iter(example_loader(data, EpochSampler(len(data), args.epochs, args.seed), args.workers))
+    print(HEADER)
+    with open(out / "log.jsonl", "w") as log, tqdm(total=steps, desc=args.recipe, disable=None) as bar:
+        for step in range(steps):
+            start = time.perf_counter()
+            epoch, size = step // len(sizes), sizes[step % len(sizes)]
+            for group in optimizer.param_groups:
+                group["lr"] = lr_at(step, steps, args.warmup, args.lr)
+            sums = defaultdict(float)
+            for micro in micro_batches(examples, size, args.micro_batch):
+                batch = collate(micro, model.config).to(device)
+                with autocast:
+                    with torch.no_grad(), lora_disabled(model):
+                        reference = score(model, batch)
+                    policy = score(model, batch)
+                r = losses.rewards(policy, reference, args.beta)
+                terms = losses.mdpo_terms(r, args.delta, args.terms, args.anchors)  # each (B,)
+                loss = sum(terms.values())  # L_mDPO per example, (B,)
+                if not loss.isfinite().all():
+                    raise SystemExit(f"step {step}: loss {loss.tolist()} for examples {[e.pair.id for e in micro]}")
+                (loss.sum() / size).backward()  # a mean over the examples of the step, not over micro-batches
+                sums["loss"] += loss.detach().sum()
+                for key, value in losses.metrics(policy, r, terms).items():
+                    sums[key] += value.sum()
+            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+            row = {"step": step, "epoch": epoch} | {key: float(value) / size for key, value in sums.items()}
+            row |= {"lr": optimizer.param_groups[0]["lr"], "grad_norm": float(grad_norm)}
+            row |= {"pairs_per_s": size / (time.perf_counter() - start), "peak_gib": peak_gib(device)}
+            log.write(json.dumps(row) + "\n")
+            log.flush()
+            bar.update()
+            bar.write(line(row, steps))
+            if (step + 1) % len(sizes) == 0:
+                save_adapter(model, out / f"epoch-{epoch + 1}", args.base)
+    save_adapter(model, out, args.base)
+    print(f"{out}: adapter_model.safetensors, adapter_config.json, args.json, log.jsonl")
+    return out
+
+
+def micro_batches(examples, size: int, micro_batch: int):
+    """The next `size` examples in lists of at most `micro_batch`."""
+    while size > 0:
+        yield list(islice(examples, min(micro_batch, size)))
+        size -= micro_batch
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    if args.base == "toy":
+        import toy
+
+        toy.run(args, train)
+    else:
+        train(args)
+
+
+if __name__ == "__main__":
+    main()
