@@ -21,7 +21,6 @@ Worked example, beta 0.1, delta 0
 
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -66,7 +65,7 @@ def plain_logps(model, batch) -> Logps:
 
 
 def rewards(policy: Logps, reference: Logps, beta: float = 0.1) -> Logps:
-    """r(m, q, y) = beta * (log pi_theta(y | m, q) - log pi_ref(y | m, q)) of each triple, (B,) (mDPO 2.1, without Z)."""
+    """r(m, q, y) = beta * (log pi_theta(y | m, q) - log pi_ref(y | m, q)) of each triple, (B,) (mDPO 2.1)."""
     return Logps(*(None if p is None else beta * (p - r) for p, r in zip(policy, reference, strict=True)))
 
 
