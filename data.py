@@ -7,11 +7,13 @@
 
 Ids are concatenated, strings are never split to find a boundary: prompt ids, then the response's own ids, then EOS.
 A row that cannot be used is a Problem with file, row and id (readers.py); nothing is cut or dropped silently.
+To look at data (inspect_data.py): `python data.py DATA --check`, `python data.py DATA --show 3 --base B`.
 
 Deviations from the papers and their releases
 1. m_l is drawn here, once per example and epoch, so policy and reference score the same picture (images.py has more).
 2. `<image>` anywhere in a question is moved to the front, as LLaVA's own training does.
-3. An example that is too long is refused; the mDPO release cuts the prompt (its picture, even) or both responses.
+3. An example that is too long is refused, or loses the end of its response (--cut-long); the mDPO release cuts the
+   prompt (its picture, even) or both responses.
 """
 
 from collections import Counter
@@ -72,10 +74,10 @@ class Processor:
         ids += self.encode(f"{SYSTEM} USER: ") + [c.image_id] * c.vision.patches
         return ids + self.encode(f"\n{question} ASSISTANT:")
 
-    def response_ids(self, response: str) -> list[int]:
-        """The stripped response and EOS, which is scored too."""
+    def response_ids(self, response: str, room: int | None = None) -> list[int]:
+        """The stripped response and EOS, which is scored too; its first `room` ids if it is longer (--cut-long)."""
         blank = " " if self.template.response_blank else ""
-        return self.encode(blank + response.strip()) + [self.config.eos_id]
+        return (self.encode(blank + response.strip()) + [self.config.eos_id])[:room]
 
     def decode(self, ids: list[int]) -> str:
         """Generated ids up to EOS -> text."""
@@ -90,19 +92,31 @@ class Processor:
 # ---- checking ------------------------------------------------------------------------------------------------------
 
 
-def text_problem(pair: Pair, processor: Processor, with_image: bool, max_length: int) -> Problem | None:
-    """The first thing wrong with a pair's texts, or None."""
+def token_lengths(pair: Pair, processor: Processor, with_image: bool = True) -> tuple[int, int, int]:
+    """Tokens of the prompt, picture included, of the chosen and of the rejected response, EOS included."""
+    responses = (len(processor.response_ids(r)) for r in (pair.chosen, pair.rejected))
+    return len(processor.prompt_ids(pair.prompt, with_image)), *responses
+
+
+TOO_LONG = "too long"  # the one reason that --cut-long mends
+
+
+def text_problem(
+    pair: Pair, lengths: tuple[int, int, int], special_texts: list[str], max_length: float
+) -> Problem | None:
+    """The first thing wrong with a pair's texts, or None. `lengths` are its token_lengths."""
     for name in ("prompt", "chosen", "rejected"):
         text = getattr(pair, name)
         if not text.strip():
             return Problem(pair.row, pair.id, f"empty {name}")
-        found = [s for s in processor.special_texts if s in text]
+        found = [s for s in special_texts if s in text]
         if found:
             return Problem(pair.row, pair.id, "special-token text inside data", f"{found[0]} in {name}")
-    prompt = len(processor.prompt_ids(pair.prompt, with_image))
-    longest = prompt + max(len(processor.response_ids(r)) for r in (pair.chosen, pair.rejected))
-    if longest > max_length:
-        return Problem(pair.row, pair.id, "too long", f"{longest} tokens, --max-length is {max_length}")
+    prompt, *responses = lengths
+    if prompt >= max_length:
+        return Problem(pair.row, pair.id, "prompt too long", f"{prompt} tokens, --max-length is {max_length}")
+    if prompt + max(responses) > max_length:
+        return Problem(pair.row, pair.id, TOO_LONG, f"{prompt + max(responses)} tokens, --max-length is {max_length}")
     return None
 
 
@@ -122,9 +136,10 @@ def image_problem(pair: Pair, strategy: str | None) -> Problem | None:
 
 def find_problems(pairs: list[Pair], processor: Processor, with_image: bool = True, strategy: str | None = None,
                   max_length: int = MAX_LENGTH) -> list[Problem]:  # fmt: skip
-    """Problems of every pair, at most one each: texts first, then pictures, decoded in parallel."""
-    problems = [text_problem(p, processor, with_image, max_length) for p in tqdm(pairs, "texts", disable=None)]
-    left = [p for p, problem in zip(pairs, problems, strict=True) if problem is None]
+    """Problems of every pair: the first of its texts, then of its pictures, decoded in parallel."""
+    problems = [text_problem(p, token_lengths(p, processor, with_image), processor.special_texts, max_length)
+                for p in tqdm(pairs, "texts", disable=None)]  # fmt: skip
+    left = [p for p, problem in zip(pairs, problems, strict=True) if problem is None or problem.reason == TOO_LONG]
     if with_image:
         with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter lock
             found = pool.map(lambda p: image_problem(p, strategy), left)
@@ -132,8 +147,17 @@ def find_problems(pairs: list[Pair], processor: Processor, with_image: bool = Tr
     return [p for p in problems if p is not None]
 
 
-def usable(pairs: list[Pair], problems: list[Problem], file: Path, skip_bad: bool) -> list[Pair]:
-    """The pairs without problems. SystemExit naming the first bad row and the count by reason, unless skip_bad."""
+def usable(
+    pairs: list[Pair], problems: list[Problem], file: Path, skip_bad: bool, cut_long: bool = False
+) -> list[Pair]:
+    """The pairs without problems. SystemExit naming the first bad row and the count by reason, unless skip_bad.
+
+    With cut_long a too long response is no problem: PairData with a max_length cuts it, and the count is printed here.
+    """
+    if cut_long and (long := [p for p in problems if p.reason == TOO_LONG]):
+        print(f"{file}: {len(long)} of {len(pairs)} rows have a response too long for --max-length; it is cut, without "
+              f"EOS (--cut-long); the first: row {long[0].row}, id {long[0].id}: {long[0].detail}")  # fmt: skip
+        problems = [p for p in problems if p.reason != TOO_LONG]
     bad = {p.row for p in problems}
     if problems:
         counts = ", ".join(f"{n} {reason}" for reason, n in Counter(p.reason for p in problems).most_common())
@@ -183,9 +207,9 @@ class PairData(Dataset):
     """Examples by (epoch, index): the epoch is part of what is asked for, since m_l is drawn anew in each."""
 
     def __init__(self, pairs: list[Pair], processor: Processor, strategy: str | None = None, seed: int = 0,
-                 fresh_every_epoch: bool = True, with_image: bool = True):  # fmt: skip
+                 fresh_every_epoch: bool = True, with_image: bool = True, max_length: int | None = None):  # fmt: skip
         self.pairs, self.processor, self.strategy, self.seed = pairs, processor, strategy, seed
-        self.fresh_every_epoch, self.with_image = fresh_every_epoch, with_image
+        self.fresh_every_epoch, self.with_image, self.max_length = fresh_every_epoch, with_image, max_length
         if strategy == "random" and len(pairs) < 2:
             raise SystemExit("--rejected-image random takes another example's picture: at least 2 pairs are needed")
 
@@ -195,7 +219,10 @@ class PairData(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> Example:
         epoch, index = key
         pair, p = self.pairs[index], self.processor
-        ids = (p.prompt_ids(pair.prompt, self.with_image), p.response_ids(pair.chosen), p.response_ids(pair.rejected))
+        prompt = p.prompt_ids(pair.prompt, self.with_image)
+        room = None if self.max_length is None else self.max_length - len(prompt)
+        assert room is None or room > 0, f"row {pair.row}: a prompt of {len(prompt)} tokens leaves no room"
+        ids = (prompt, p.response_ids(pair.chosen, room), p.response_ids(pair.rejected, room))
         image = m_w = m_l = None
         if self.with_image:
             image = images.open_image(pair.image)
@@ -237,8 +264,11 @@ def collate(examples: list[Example], config: Config) -> Batch:
     chosen, rejected = (pad_rows(prompts, [getattr(e, s) for e in examples], config.pad_id) for s in Batch._fields[:2])
     pictures = [None if getattr(examples[0], s) is None else torch.stack([getattr(e, s) for e in examples])
                 for s in ("image", "image_rejected")]  # fmt: skip
-    slots, used = int((chosen.input_ids == config.image_id).sum()), 0 if pictures[0] is None else len(examples)
-    assert slots == used * config.vision.patches, f"{slots} placeholders for {used} pictures"
+    expected = 0 if pictures[0] is None else config.vision.patches
+    for side in (chosen, rejected):
+        slots = (side.input_ids == config.image_id).sum(1).tolist()  # per row
+        assert slots == [expected] * len(examples), f"{slots} placeholders in rows that have {expected} image features"
+        assert side.response_mask.any(1).all(), f"rows without a scored token: {[e.pair.id for e in examples]}"
     return Batch(chosen, rejected, *pictures)
 
 
@@ -262,3 +292,13 @@ def example_loader(data: PairData, sampler: Sampler, workers: int) -> DataLoader
     """Examples one by one in the sampler's order, prepared by worker processes."""
     return DataLoader(data, batch_size=None, sampler=sampler, num_workers=workers, persistent_workers=False,
                       prefetch_factor=8 if workers else None, pin_memory=torch.cuda.is_available())  # fmt: skip
+
+
+def main(argv=None) -> None:
+    import inspect_data  # it imports this file
+
+    inspect_data.main(argv)
+
+
+if __name__ == "__main__":
+    main()

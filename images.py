@@ -1,7 +1,7 @@
-"""Pictures: opening them whatever they are, preparing them for a tower, and the rejected image m_l (mDPO 3.1, Table 3).
+"""Pictures: opening them whatever they are, preparing them for a tower, the rejected image m_l (mDPO 3.1, Table 3).
 
-A strategy is one function: `crop(image, rng) -> image` on the original RGB picture, before padding and resizing, or, for
-those in ON_TENSOR, the same on the prepared (3, S, S) tensor. `random` gets another example's picture as a third argument.
+A strategy is one function: `crop(image, rng) -> image` on the original RGB picture, before padding and resizing, or,
+for those in ON_TENSOR, the same on the prepared (3, S, S) tensor. `random` gets another example's picture as well.
 The random generator is an argument, seeded by the data set from (seed, row, epoch): policy and reference see the same
 m_l, and neither worker count nor batch size changes it.
 
@@ -33,16 +33,23 @@ Image.MAX_IMAGE_PIXELS = None  # our own limit stands in open_image, as an error
 Rng = np.random.Generator
 
 
+def readable(source: Path | bytes) -> Path | io.BytesIO:
+    """What PIL opens."""
+    return io.BytesIO(source) if isinstance(source, bytes) else source
+
+
 def open_image(source: Path | bytes) -> Image.Image:
     """A picture file or its bytes -> RGB. Raises ValueError with the reason if it cannot be used.
 
-    As the released code: first frame of an animation, no EXIF rotation, transparency dropped, and 16-bit greys are
-    scaled to 8 bits (plain PIL conversion would clip them to white).
+    As the released code: first frame of an animation, no EXIF rotation, transparency dropped, CMYK by PIL's formula.
+    16-bit greys are scaled to 8 bits and 32-bit greys refused: plain PIL conversion would clip both to white.
     """
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with Image.open(readable(source)) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS:,}")
+            if image.mode in ("I", "F"):
+                raise ValueError(f"32-bit greys (mode {image.mode}), whose white level is not known")
             if image.mode.startswith("I;16"):
                 return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
             return image.convert("RGB")
@@ -89,16 +96,16 @@ def prepare(image: Image.Image, spec: ImageSpec) -> Tensor:
     if max(image.size) > MAX_SIDE:  # 30,000x10: its square canvas would take 2.7 GB
         image = ImageOps.contain(image, (MAX_SIDE, MAX_SIDE), Image.Resampling.BICUBIC)
     x = np.asarray(square(image, spec))  # (S, S, 3) uint8
-    x = (x * (1 / 255)).astype(np.float32)  # in float64 first, as the image processors do
-    x = (x - np.array(spec.mean, np.float32)) / np.array(spec.std, np.float32)
-    return torch.from_numpy(x.transpose(2, 0, 1).copy())  # (S, S, 3) -> (3, S, S)
+    levels = (np.arange(256)[:, None] * (1 / 255)).astype(np.float32)  # in float64 first, as the image processors do
+    levels = (levels - np.array(spec.mean, np.float32)) / np.array(spec.std, np.float32)  # (256, 3)
+    return torch.from_numpy(np.stack([levels[x[..., c], c] for c in range(3)]))  # looked up: (S, S, 3) -> (3, S, S)
 
 
 # ---- m_l: the rejected image ---------------------------------------------------------------------------------------
 
 
 def crop_box(w: int, h: int, rng: Rng, low: float, high: float) -> tuple[int, int, int, int]:
-    """(left, top, width, height) with area U(low, high) of w x h and aspect log-uniform in 3/4-4/3, inside the picture."""
+    """(left, top, width, height) inside w x h: area U(low, high) of it, aspect log-uniform in 3/4-4/3."""
     area = w * h * rng.uniform(low, high)
     aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
     aspect = min(max(aspect, area / h**2), w**2 / area)  # a long thin picture: keep the area, bend the aspect
@@ -175,7 +182,7 @@ DIFFUSION_STEP = 500  # of 1000
 
 
 def diffusion(x: Tensor, rng: Rng) -> Tensor:
-    """Forward diffusion of the prepared tensor to step 500 of 1000, sigmoid noise schedule (as VCD's contrast image)."""
+    """Forward diffusion of the prepared tensor to step 500 of 1000, sigmoid noise schedule (VCD's contrast image)."""
     betas = torch.sigmoid(torch.linspace(-6, 6, 1000)) * (0.5e-2 - 1e-5) + 1e-5
     kept = torch.cumprod(1 - betas, 0)[DIFFUSION_STEP]
     noise = torch.from_numpy(rng.standard_normal(x.shape, dtype=np.float32))

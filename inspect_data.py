@@ -1,0 +1,259 @@
+"""Looking at preference data before training: `--check` scans it, `--show` prints rows as the model sees them.
+
+    python data.py DATA --check [--base B]       problems by file:row:id, lengths, duplicates, pictures
+    python data.py DATA --show 3 --base B        prompt, responses, scored span; a PNG sheet of m_w beside m_l
+    python data.py DATA --time --base B          pairs per second out of the worker processes
+
+DATA is what train.py --data takes. A base gives its tokenizer and picture size; its weights are not needed.
+"""
+
+import argparse
+import os
+import time
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+from tqdm import tqdm
+
+import bunny
+import hub
+import images
+from data import (
+    IMAGE_TOKEN,
+    MAX_LENGTH,
+    TOO_LONG,
+    VICUNA,
+    EpochSampler,
+    Example,
+    PairData,
+    Processor,
+    example_loader,
+    image_problem,
+    text_problem,
+    token_lengths,
+)
+from readers import Pair, Problem, read_pairs
+from weights import SOURCES, WEIGHTS_VARIABLE, load_tokenizer, read_config, resolve
+
+EXTREME_ASPECT = 5.0  # longer side over shorter; padding to a square then fills four fifths of what the model sees
+SMALL_FILES = ("*.json", "tokenizer.model")  # of a base: its config and tokenizer
+
+
+def load_processor(base: str, weights: Path | None) -> Processor:
+    """Tokenizer and picture size of a base, downloading only its small files."""
+    near = Path(os.environ.get(WEIGHTS_VARIABLE, ".")) / base
+    if weights or base not in SOURCES or (near / "config.json").is_file():
+        folder = resolve(base, weights)
+    else:
+        folder = hub.download(SOURCES[base][0], SMALL_FILES, "model")
+    config = read_config(folder)
+    return Processor(load_tokenizer(folder), config, bunny.TEMPLATE if isinstance(config, bunny.Config) else VICUNA)
+
+
+# ---- --check -------------------------------------------------------------------------------------------------------
+
+
+def word_lengths(pair: Pair) -> tuple[int, int, int]:
+    return len(pair.prompt.split()), len(pair.chosen.split()), len(pair.rejected.split())
+
+
+def notes(pairs: list[Pair]) -> dict[str, list[Pair]]:
+    """What is legal but worth a look: kind -> pairs."""
+    found = defaultdict(list)
+    seen = defaultdict(list)
+    for pair in pairs:
+        if pair.chosen == pair.rejected:
+            found["identical chosen and rejected"].append(pair)
+        if 1 in word_lengths(pair)[1:]:
+            found["one-word response"].append(pair)
+        seen[pair.image, pair.prompt, pair.chosen, pair.rejected].append(pair)
+    for same in seen.values():
+        found["duplicate of an earlier row"] += same[1:]
+    return found
+
+
+def scan_picture(pair: Pair, strategy: str | None) -> tuple[Problem | None, tuple[int, int] | None]:
+    if problem := image_problem(pair, strategy):
+        return problem, None
+    with Image.open(images.readable(pair.image)) as image:
+        return None, image.size
+
+
+def where(file: str, items: list, limit: int = 3) -> str:
+    """file:row:id of the first few pairs or problems."""
+    more = [f"... {len(items) - limit} more"] if len(items) > limit else []
+    detail = [f" ({i.detail})" if isinstance(i, Problem) and i.detail else "" for i in items[:limit]]
+    return "; ".join([f"{file}:{i.row}:{i.id}{d}" for i, d in zip(items[:limit], detail, strict=True)] + more)
+
+
+def check(args: argparse.Namespace, pairs: list[Pair], problems: list[Problem], processor: Processor | None) -> None:
+    """Prints everything there is to know; exit status 1 if a row cannot be used."""
+    special, longest = (processor.special_texts, args.max_length) if processor else ([IMAGE_TOKEN], float("inf"))
+    lengths = [
+        token_lengths(p, processor) if processor else word_lengths(p) for p in tqdm(pairs, "texts", disable=None)
+    ]
+    found = [text_problem(p, n, special, longest) for p, n in zip(pairs, lengths, strict=True)]
+    good = [p for p, problem in zip(pairs, found, strict=True) if problem is None or problem.reason == TOO_LONG]
+    with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter lock
+        scans = pool.map(lambda p: scan_picture(p, args.rejected_image), good)
+        scans = list(tqdm(scans, "pictures", len(good), disable=None))
+    problems = sorted(problems + [p for p in [*found, *(problem for problem, _ in scans)] if p])
+    for reason, count in Counter(p.reason for p in problems).most_common():
+        print(f"cannot be used: {count} {reason}: {where(args.data, [p for p in problems if p.reason == reason])}")
+    for kind, some in notes(pairs).items():
+        if some:
+            print(f"note: {len(some)} {kind}: {where(args.data, some)}")
+    print_pictures(args.data, [(pair, size) for pair, (_, size) in zip(good, scans, strict=True) if size])
+    print_lengths(args.data, pairs, lengths, bool(processor))
+    bad = {p.row for p in problems}
+    print(f"{args.data}: {len(bad)} of {len(bad | {p.row for p in pairs})} rows cannot be used")
+    if bad:
+        raise SystemExit(1)
+
+
+def print_pictures(file: str, sizes: list[tuple[Pair, tuple[int, int]]]) -> None:
+    if not sizes:
+        return
+    area = sorted((w * h, w, h) for _, (w, h) in sizes)
+    smallest, middle, largest = (f"{w}x{h}" for _, w, h in (area[0], area[len(area) // 2], area[-1]))
+    print(f"pictures: {len(sizes)} open, {smallest} smallest, {middle} median, {largest} largest")
+    if extreme := [pair for pair, size in sizes if max(size) > EXTREME_ASPECT * min(size)]:
+        print(f"note: {len(extreme)} with an aspect over {EXTREME_ASPECT:g}: {where(file, extreme)}")
+
+
+def print_lengths(file: str, pairs: list[Pair], lengths: list[tuple[int, int, int]], in_tokens: bool) -> None:
+    if not pairs:
+        return
+    n = np.array(lengths)  # (rows, 3)
+    total = n[:, 0] + n[:, 1:].max(1)
+    prompt = "image + prompt" if in_tokens else "prompt"
+    columns = {prompt: n[:, 0], "chosen": n[:, 1], "rejected": n[:, 2], f"{prompt} + longer response": total}
+    title = "length in tokens" if in_tokens else "length in words (--base B: tokens)"
+    print(f"{title:<36}   min   5 %  50 %  95 %  99 %   max")
+    for name, column in columns.items():
+        values = np.percentile(column, [0, 5, 50, 95, 99, 100])
+        print(f"  {name:<34}" + "".join(f"{v:6.0f}" for v in values))
+    for i in np.argsort(-total, kind="stable")[:3]:
+        print(f"  longest: {file}:{pairs[i].row}:{pairs[i].id}, {total[i]}")
+
+
+# ---- --show --------------------------------------------------------------------------------------------------------
+
+
+def as_picture(x: Tensor, spec: images.ImageSpec) -> Image.Image:
+    """What the model sees, as a picture: (3, S, S) normalised -> RGB."""
+    x = x * torch.tensor(spec.std)[:, None, None] + torch.tensor(spec.mean)[:, None, None]  # (3, S, S) in 0-1
+    return Image.fromarray((x * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy())  # (S, S, 3)
+
+
+def prompt_text(ids: list[int], processor: Processor) -> str:
+    """Prompt ids -> text, with the run of image placeholders as one word."""
+    image_id, tokenizer = processor.config.image_id, processor.tokenizer
+    first, n = ids.index(image_id), ids.count(image_id)
+    before, after = (tokenizer.decode(part, skip_special_tokens=False) for part in (ids[:first], ids[first + n :]))
+    return f"{before} [{n} x {IMAGE_TOKEN}] {after!r}"
+
+
+def show(args: argparse.Namespace, pairs: list[Pair], processor: Processor) -> None:
+    """Prints the first rows and writes their pictures, m_w beside m_l, to one PNG."""
+    strategy = args.rejected_image
+    data = PairData(pairs, processor, strategy, args.seed)
+    shown: list[Example] = []
+    for index, pair in enumerate(pairs[: args.show]):
+        lengths = token_lengths(pair, processor)
+        problem = text_problem(pair, lengths, processor.special_texts, args.max_length) or image_problem(pair, strategy)
+        print(
+            f"\nrow {pair.row}, id {pair.id}, {pair.image if isinstance(pair.image, Path) else 'picture in the file'}"
+        )
+        if problem:
+            print(f"  cannot be used: {problem.reason} {problem.detail}")
+            continue
+        example = data[0, index]
+        shown.append(example)
+        w, h = images.open_image(pair.image).size
+        size = processor.template.image.size
+        print(f"  m_w {w}x{h} -> {size}x{size}; m_l by {strategy!r}, seed {args.seed}, epoch 0")
+        print(f"  prompt    {lengths[0]:5} tokens: {prompt_text(example.prompt.tolist(), processor)}")
+        for name in ("chosen", "rejected"):
+            ids = getattr(example, name).tolist()
+            text = processor.tokenizer.decode(ids, skip_special_tokens=False)
+            print(f"  {name:<9} {len(ids):5} scored: [[{text}]]")
+    if shown:
+        write_sheet(shown, processor.template.image, args.out)
+        print(f"\n{args.out}: m_w and m_l of {len(shown)} rows, as the model sees them; [[ ]] marks the scored span")
+
+
+def write_sheet(examples: list[Example], spec: images.ImageSpec, out: Path) -> None:
+    gap, line = 8, 16
+    sheet = Image.new("RGB", (2 * spec.size + 3 * gap, len(examples) * (spec.size + line + gap) + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, example in enumerate(examples):
+        top = gap + row * (spec.size + line + gap)
+        for column, name in enumerate(("image", "image_rejected")):
+            left = gap + column * (spec.size + gap)
+            label = f"{('m_w', 'm_l')[column]}  {example.pair.id}"
+            draw.text(
+                (left, top), label.encode("ascii", "replace").decode(), fill="black"
+            )  # the built-in font's letters
+            sheet.paste(as_picture(getattr(example, name), spec), (left, top + line))
+    sheet.save(out)
+
+
+# ---- --time --------------------------------------------------------------------------------------------------------
+
+
+def measure(args: argparse.Namespace, pairs: list[Pair], processor: Processor) -> None:
+    """Pairs per second, two prepared pictures each, out of the loader that training uses."""
+    good = [p for p in pairs if not image_problem(p, args.rejected_image)]
+    if not good:
+        raise SystemExit(f"{args.data}: no row has a picture that opens")
+    data = PairData(good, processor, args.rejected_image, args.seed)
+    n, first = args.pairs, 4 * max(1, args.workers)  # the first wait for the workers to start
+    sampler = EpochSampler(len(data), -(-(n + first) // len(data)), args.seed)
+    for done, _ in enumerate(tqdm(example_loader(data, sampler, args.workers), "pairs", n + first, disable=None), 1):
+        if done == first:
+            start = time.perf_counter()
+        if done == first + n:
+            break
+    seconds = time.perf_counter() - start
+    print(f"{n / seconds:.1f} pairs/s: {n} pairs in {seconds:.1f} s, {args.workers} workers, {os.cpu_count()} cores, "
+          f"m_l by {args.rejected_image!r}, pictures of {processor.template.image.size} px")  # fmt: skip
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    p = argparse.ArgumentParser("data.py", description=__doc__.split("\n")[0],
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+    p.add_argument("data", help=f"preference file, folder, or hub data set ({', '.join(hub.NAMED)}, owner/name)")
+    g = p.add_mutually_exclusive_group(required=True)
+    g.add_argument("--check", action="store_true", help="scan everything; exit status 1 if a row cannot be used")
+    g.add_argument("--show", type=int, metavar="N", help="print the first N rows as the model sees them")
+    g.add_argument("--time", action="store_true", help="measure the data loading")
+    p.add_argument("--base", help=f"{', '.join(SOURCES)}, or a checkpoint folder")
+    p.add_argument("--weights", type=Path, help="folder of the base's checkpoint, instead of the hub's cache")
+    p.add_argument("--image-root", type=Path, help="folder the image paths start from (default: the data file's)")
+    p.add_argument("--rejected-image", default="crop", choices=images.STRATEGIES, help="how m_l is made from m_w")
+    p.add_argument("--max-length", type=int, default=MAX_LENGTH, help="longest prompt + response, image tokens counted")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--workers", type=int, default=2, help="processes that prepare pictures (--time)")
+    p.add_argument("--pairs", type=int, default=300, help="how many are timed (--time)")
+    p.add_argument("--out", type=Path, default=Path("show.png"), help="the sheet of pictures (--show)")
+    args = p.parse_args(argv)
+    if not args.base and not args.check:
+        p.error("--show and --time need --base: its tokenizer and picture size")
+    return args
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    processor = load_processor(args.base, args.weights) if args.base else None
+    pairs, problems = read_pairs(args.data, args.image_root)
+    if args.check:
+        return check(args, pairs, problems, processor)
+    if problems:
+        print(f"{len(problems)} rows cannot be read, the first: {where(args.data, sorted(problems), 1)}")
+    show(args, pairs, processor) if args.show else measure(args, pairs, processor)
