@@ -281,12 +281,12 @@ def read_pairs(data: Path | str, image_root: Path | None = None) -> tuple[list[P
         raise SystemExit(f"{data}: no rows")
     name = detect(set(first), data)
     fields, pairs, problems, left_out = {}, [], [], Counter()
-    for number, row in enumerate(chain([first], rows), 1):
-        row_id = next((str(row[key]) for key in ("id", "idx") if row.get(key) is not None), str(number))
+    for total, row in enumerate(chain([first], rows), 1):
+        row_id = next((str(row[key]) for key in ("id", "idx") if row.get(key) is not None), str(total))
         try:
-            fields[number, row_id] = read_row(row, FORMATS[name][1])
+            fields[total, row_id] = read_row(row, FORMATS[name][1])
         except BadRow as e:
-            problems.append(Problem(number, row_id, *e.args))
+            problems.append(Problem(total, row_id, *e.args))
         except NoPair as e:
             left_out[str(e)] += 1
 
@@ -302,5 +302,5 @@ def read_pairs(data: Path | str, image_root: Path | None = None) -> tuple[list[P
         except NoPair as e:
             left_out[str(e)] += 1
     reasons = "".join(f"; left out: {n:,} with {reason}" for reason, n in left_out.most_common())
-    print(f"{data}: {number:,} rows, format {name}, {len(pairs):,} pairs{reasons}")
+    print(f"{data}: {total:,} rows, format {name}, {len(pairs):,} pairs{reasons}")
     return pairs, problems
