@@ -4,7 +4,8 @@
     python train.py --base llava-1.5-7b --data preferences.json      the paper's run (mDPO 4.1) on one GPU
 
 Files to read for one step, in order: train.py (loop) -> data.py (Batch) -> losses.py (plain_logps, mdpo_terms) ->
-model.py (forward) -> lora.py (the reference is the model with its adapter off).
+model.py (forward) -> lora.py (the reference is the model with its adapter off). Everything fast is switched on in
+`plain_or_fast` and `reference_cache` and lives in files of its own.
 
 Deviations from the papers and their released code
 1. The last, smaller batch of an epoch is used and averaged over what it holds; the release drops it.
@@ -21,6 +22,7 @@ import resource
 import sys
 import time
 from collections import defaultdict
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -30,9 +32,12 @@ from tqdm import tqdm
 import bunny
 import images
 import losses
+import memory
+import packing
 from data import MAX_LENGTH, VICUNA, EpochSampler, PairData, Processor, collate, example_loader, find_problems, usable
-from lora import add_lora, lora_disabled, lora_modules, save_adapter
+from lora import add_lora, lora_modules, save_adapter
 from readers import read_pairs
+from reference import DRIFT_ROWS, ReferenceCache, base_digest, live_reference
 from weights import SOURCES, load_base, load_tokenizer
 
 # mDPO 4.1 gives lr, epochs, batch, schedule, warm-up, beta, delta, LoRA; its release adds AdamW's numbers and clipping.
@@ -40,7 +45,7 @@ MDPO = dict(
     terms="dpo,copo,ancpo", anchors="w", beta=0.1, delta=0.0,  # mDPO 3, 4.1
     lr=1e-5, epochs=3, batch=32, warmup=0.1,  # mDPO 4.1; linear warm-up from 0, cosine to 0
     lora_r=64, lora_alpha=128.0,  # mDPO 4.1
-    adam_beta1=0.9, adam_beta2=0.98, weight_decay=0.05, clip=1.0,  # mDPO release, config.yaml
+    adam_beta2=0.98, weight_decay=0.05, clip=1.0,  # mDPO release, config.yaml
 )  # fmt: skip
 RECIPES = {
     "mdpo": MDPO,
@@ -79,7 +84,6 @@ def parse_args(argv=None) -> argparse.Namespace:
     g.add_argument("--batch", type=int, help="pairs per optimiser step")
     g.add_argument("--micro-batch", type=int, default=1, help="pairs per forward")
     g.add_argument("--warmup", type=float, help="share of the steps with rising learning rate")
-    g.add_argument("--adam-beta1", type=float)
     g.add_argument("--adam-beta2", type=float)
     g.add_argument("--weight-decay", type=float)
     g.add_argument("--clip", type=float, help="largest gradient norm")
@@ -93,7 +97,17 @@ def parse_args(argv=None) -> argparse.Namespace:
     g.add_argument("--bunny-template", default="tuned", choices=("tuned", "released"), help="blank before a response")
     g.add_argument("--workers", type=int, default=2, help="processes that prepare pictures")
     g.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the base (default bfloat16 on CUDA)")
-    g.add_argument("--checkpointing", default=None, action=yes_no, help="recompute activations (default on CUDA)")
+    g = p.add_argument_group("speed (packing.py, fused.py, reference.py, memory.py)")
+    g.add_argument(
+        "--pack", default=torch.cuda.is_available(), action=yes_no, help="shared-prefix rows without padding"
+    )
+    g.add_argument("--tokens-per-batch", type=int, default=8192, help="packed tokens per forward, with --pack")
+    g.add_argument("--reference", choices=("live", "cached"), help="reference log-probs (default cached with --pack)")
+    g.add_argument(
+        "--reference-file", type=Path, help="where cached ones are kept between runs (default: the run folder)"
+    )
+    g.add_argument("--compile", action=yes_no, help="torch.compile the decoder block (default on CUDA with --pack)")
+    g.add_argument("--checkpointing", help="recompute activations of none, full or N layers (default: as few as fit)")
     # the recipe's settings are defaults: a flag that is given wins
     chosen, _ = p.parse_known_args(argv)
     p.set_defaults(**RECIPES[chosen.recipe or "mdpo"])
@@ -104,7 +118,13 @@ def parse_args(argv=None) -> argparse.Namespace:
     for flag, known in (("terms", losses.TERMS), ("anchors", losses.ANCHORS)):
         if unknown := [v for v in getattr(args, flag) if v not in known]:
             p.error(f"--{flag}: unknown {', '.join(unknown)}; choose from {', '.join(known)}")
-    for flag in ("epochs", "batch", "micro_batch", "lora_r"):
+    args.reference = args.reference or ("cached" if args.pack else "live")
+    args.compile = args.pack and torch.cuda.is_available() if args.compile is None else args.compile
+    if args.reference == "cached" and not args.pack:
+        p.error("--reference cached keeps the log-probs of packed rows: add --pack")
+    if not (args.checkpointing in (None, "none", "full") or args.checkpointing.isdigit()):
+        p.error(f"--checkpointing {args.checkpointing}: none, full or a number of layers")
+    for flag in ("epochs", "batch", "micro_batch", "lora_r", "tokens_per_batch"):
         if getattr(args, flag) < 1:
             p.error(f"--{flag.replace('_', '-')} must be at least 1")
     return args
@@ -141,12 +161,31 @@ def load_everything(args: argparse.Namespace, device: torch.device):
     pairs = usable(pairs, problems, args.data, args.skip_bad)
     data = PairData(pairs, processor, strategy, args.seed, args.crop_every_epoch, with_image)
     parameters = add_lora(model, args.lora_r, args.lora_alpha, seed=args.seed)
-    checkpointing = device.type == "cuda" if args.checkpointing is None else args.checkpointing
-    model.language_model.checkpointed = model.config.layers if checkpointing else 0
     print(f"{len(pairs)} pairs; LoRA r {args.lora_r} on {len(lora_modules(model))} linears, "
           f"{sum(p.numel() for p in parameters):,} of {sum(p.numel() for p in model.parameters()):,} parameters; "
           f"{device} {dtype}".replace("torch.", ""))  # fmt: skip
     return model, parameters, data
+
+
+def plain_or_fast(args: argparse.Namespace, model):
+    """The switch: how a step's examples are split, how a part becomes a batch, how a batch is scored."""
+    if not args.pack:
+        size = args.micro_batch
+        return (lambda examples: [examples[i : i + size] for i in range(0, len(examples), size)],
+                partial(collate, config=model.config), losses.plain_logps)  # fmt: skip
+    if args.compile:
+        for layer in model.language_model.layers:
+            layer.compile(dynamic=True)  # one graph for all layers and token counts
+    return partial(packing.split_by_tokens, budget=args.tokens_per_batch), packing.pack, packing.packed_logps
+
+
+def reference_cache(args: argparse.Namespace, model, data: PairData, out: Path) -> ReferenceCache:
+    template = data.processor.template
+    key = {"base weights": base_digest(model), "template": repr(template), "image preparation": repr(template.image),
+           "rejected image": str(data.strategy), "seed": str(args.seed), "dtype": str(model.lm_head.weight.dtype),
+           "torch": torch.__version__, "kernel": "varlen" if torch.cuda.is_available() else "spans",
+           "compile": str(args.compile), "head": "float32", "pictures": str(data.with_image)}  # fmt: skip
+    return ReferenceCache(args.reference_file or out / "reference.json", key, data)
 
 
 def lr_at(step: int, total: int, warmup: float, peak: float) -> float:
@@ -188,10 +227,15 @@ def train(args: argparse.Namespace) -> Path:
     out = new_run_folder(args)
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     (out / "args.json").write_text(json.dumps(settings, indent=2) + "\n")
-    score = losses.plain_logps
     autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(args.adam_beta1, args.adam_beta2),
-                                  weight_decay=args.weight_decay)  # fmt: skip
+    split, make_batch, score = plain_or_fast(args, model)
+    cache = reference_cache(args, model, data, out) if args.reference == "cached" else None
+    if device.type == "cuda" or args.checkpointing:
+        longest = split(memory.longest_examples(data))[0]
+        with autocast:
+            memory.prepare(model, score, make_batch(longest).to(device), sum(map(packing.tokens_of, longest)),
+                           parameters, args.checkpointing)  # fmt: skip
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, args.adam_beta2), weight_decay=args.weight_decay)
 
     sizes = [args.batch] * (len(data) // args.batch) + [len(data) % args.batch] * (len(data) % args.batch > 0)
     steps = min(len(sizes) * args.epochs, args.max_steps or math.inf)
@@ -203,12 +247,19 @@ def train(args: argparse.Namespace) -> Path:
             epoch, size = step // len(sizes), sizes[step % len(sizes)]
             for group in optimizer.param_groups:
                 group["lr"] = lr_at(step, steps, args.warmup, args.lr)
-            sums = defaultdict(float)
-            for micro in micro_batches(examples, size, args.micro_batch):
-                batch = collate(micro, model.config).to(device)
+            if cache and step == len(sizes):  # from the second epoch on, rows are packed differently
                 with autocast:
-                    with torch.no_grad(), lora_disabled(model):
-                        reference = score(model, batch)
+                    cache.check_drift(
+                        model, split([data[(1, i)] for i in range(min(DRIFT_ROWS, len(data)))]), args.beta
+                    )
+            sums = defaultdict(float)
+            for micro in split(list(islice(examples, size))):
+                batch = make_batch(micro).to(device)
+                with autocast:
+                    if cache:
+                        reference = cache.reference(model, batch, micro, epoch)
+                    else:
+                        reference = live_reference(model, batch, score)  # the same weights with the adapter off
                     policy = score(model, batch)
                 r = losses.rewards(policy, reference, args.beta)
                 terms = losses.mdpo_terms(r, args.delta, args.terms, args.anchors)  # each (B,)
@@ -232,16 +283,11 @@ def train(args: argparse.Namespace) -> Path:
             bar.write(line(row, steps))
             if (step + 1) % len(sizes) == 0:
                 save_adapter(model, out / f"epoch-{epoch + 1}", args.base)
+            if cache and ((step + 1) % len(sizes) == 0 or step + 1 == steps):
+                cache.save()
     save_adapter(model, out, args.base)
     print(f"{out}: adapter_model.safetensors, adapter_config.json, args.json, log.jsonl")
     return out
-
-
-def micro_batches(examples, size: int, micro_batch: int):
-    """The next `size` examples in lists of at most `micro_batch`."""
-    while size > 0:
-        yield list(islice(examples, min(micro_batch, size)))
-        size -= micro_batch
 
 
 def main(argv=None) -> None:

@@ -1,0 +1,54 @@
+"""Token log-probs from hidden states, without ever holding (T, V) logits.
+
+Computes exactly what `losses.sequence_logps` does after the decoder; read that first. The tricks:
+1. Only positions that predict a response token reach the head; the caller gathers them.
+2. They go through it in chunks. The gradient of log p(y) by the hidden state h, W[y] - softmax(W h) W, does not depend
+   on what comes after, so it is taken while the chunk's softmax is at hand: two products with W instead of the three
+   of recomputing the logits in the backward pass, and (S, C) kept instead of (S, V). The head is frozen.
+3. The product h W^T multiplies in the model's dtype into a float32 result; bfloat16 logits would cost 3 digits.
+"""
+
+import torch
+from torch import Tensor
+
+CHUNK = 1024  # rows of float32 logits at a time: 131 MB at V = 32,064
+
+
+def float32_logits(h: Tensor, weight: Tensor) -> Tensor:
+    """h (S, C), weight (V, C) of one dtype -> (S, V) float32."""
+    if h.dtype == torch.float32:
+        return h @ weight.T
+    if h.is_cuda:
+        return torch.mm(h, weight.T, out_dtype=torch.float32)
+    return h.float() @ weight.float().T
+
+
+class TokenLogps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        logps = hidden.new_empty(len(targets), dtype=torch.float32)  # (S,)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None  # (S, C) of log p by hidden
+        for start in range(0, len(targets), CHUNK):
+            part = slice(start, start + CHUNK)
+            y = targets[part, None]  # (s, 1)
+            logits = float32_logits(hidden[part], weight)  # (s, V)
+            normaliser = logits.logsumexp(-1, keepdim=True)  # (s, 1)
+            logps[part] = (logits.gather(1, y) - normaliser)[:, 0]  # (s, 1) -> (s,)
+            if gradient is not None:
+                p = logits.sub_(normaliser).exp_()  # (s, V), in place
+                p.scatter_add_(1, y, p.new_full(y.shape, -1.0))  # softmax - onehot
+                gradient[part] = (p.to(weight.dtype) @ weight).neg_()  # (s, V) @ (V, C) -> (s, C)
+        ctx.save_for_backward(gradient)
+        return logps
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream[:, None].to(gradient.dtype), None, None  # (S, C)
+
+
+def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """log p(target | hidden) of gathered hidden states (S, C), head (V, C), targets (S,) -> (S,) float32."""
+    assert not weight.requires_grad, "the head is frozen here: its gradient is not computed"
+    with torch.autocast(hidden.device.type, enabled=False):
+        return TokenLogps.apply(hidden.to(weight.dtype), weight, targets)
