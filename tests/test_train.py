@@ -1,0 +1,170 @@
+"""The loop: what it writes, what its first numbers are, and that its switches change only what they should."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import losses
+import train
+from data import Batch, Tokens
+from weights import load_model
+
+
+def run(base, data, out, *flags):
+    torch.manual_seed(0)
+    folder = train.train(train.parse_args(
+        ["--base", str(base), "--data", str(data), "--out", str(out), "--workers", "0", "--lora-r", "4",
+         "--lora-alpha", "8", *map(str, flags)]))  # fmt: skip
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return log, load_file(folder / "adapter_model.safetensors")
+
+
+def assert_same_run(a, b, rtol=1e-4):
+    for x, y in zip(a[0], b[0], strict=True):
+        assert abs(x["loss"] - y["loss"]) < 1e-4, (x["step"], x["loss"], y["loss"])
+    for key, x in a[1].items():
+        assert (x - b[1][key]).abs().max() <= rtol * x.abs().max() + 1e-7, key
+
+
+@pytest.mark.parametrize("recipe, first", [("mdpo", 2.0794), ("dpo", 0.6931), ("dpo-no-image", 0.6931)])
+def test_first_loss_is_ln2_per_term_and_the_loss_falls(tiny_base, pairs_file, tmp_path, recipe, first):
+    log, _ = run(tiny_base, pairs_file, tmp_path / "run", "--recipe", recipe, "--batch", 5, "--epochs", 8, "--lr", 3e-3)
+    assert math.isclose(log[0]["loss"], first, abs_tol=1e-4)
+    assert log[0]["lr"] == 0 and math.isclose(log[1]["loss"], first, abs_tol=0.05)  # only m_l is another crop
+    assert log[-1]["loss"] < first - 0.1
+
+
+def test_run_folder_and_log_keys(tiny_base, pairs_file, tmp_path):
+    log, adapter = run(tiny_base, pairs_file, tmp_path / "run", "--batch", 2, "--epochs", 2)
+    files = {str(p.relative_to(tmp_path / "run")) for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    adapter_files = {"adapter_model.safetensors", "adapter_config.json"}
+    epochs = {f"epoch-{n}/{f}" for n in (1, 2) for f in adapter_files}
+    assert files == adapter_files | epochs | {"args.json", "log.jsonl"}
+    assert len(log) == 6  # 5 pairs in batches of 2, 2 and 1, twice: the short one is used
+    assert len(adapter) == 2 * 7 * 2  # layers, linears, A and B
+    wanted = """step loss losses/dpo losses/copo losses/ancpo rewards/chosen rewards/rejected rewards/image_rejected
+        rewards/margins rewards/image_margins rewards/accuracies rewards/image_accuracies logps/chosen logps/rejected
+        logps/image_rejected lr grad_norm pairs_per_s peak_gib""".split()
+    assert set(wanted) <= log[0].keys()
+    assert json.loads((tmp_path / "run/args.json").read_text())["beta"] == 0.1
+
+
+def test_a_run_never_overwrites_another(tiny_base, pairs_file, tmp_path):
+    (tmp_path / "precious").write_text("x")
+    with pytest.raises(SystemExit, match="not empty"):
+        run(tiny_base, pairs_file, tmp_path, "--max-steps", 1)
+    assert [p.name for p in tmp_path.iterdir()] == ["precious"]
+
+
+def test_a_bad_row_stops_before_anything_is_written_or_is_left_out(tiny_base, pairs_file, tmp_path, capsys):
+    rows = json.loads(pairs_file.read_text())
+    rows[1]["rejected"] = "  \n"
+    rows[3]["chosen"] = "It says </s> here."
+    for row in rows:
+        row["image"] = str(pairs_file.parent / row["image"])
+    data = pairs_file.parent / "bad.json"
+    data.write_text(json.dumps(rows))
+    with pytest.raises(SystemExit) as stop:
+        run(tiny_base, data, tmp_path / "run")
+    message = str(stop.value)
+    assert "bad.json:2: id p1: empty rejected" in message and "2 of 5 rows" in message
+    assert "1 empty rejected" in message and "1 special-token text inside data" in message
+    assert not (tmp_path / "run").exists()
+    log, _ = run(tiny_base, data, tmp_path / "run", "--skip-bad", "--batch", 2, "--epochs", 1)
+    assert len(log) == 2 and "2 of 5 rows cannot be used" in capsys.readouterr().out  # 3 pairs: batches of 2 and 1
+
+
+def test_the_loss_is_a_mean_over_examples_not_over_micro_batches(tiny_base, pairs_file, tmp_path):
+    flags = ("--batch", 5, "--epochs", 3, "--lr", 3e-3)
+    whole = run(tiny_base, pairs_file, tmp_path / "5", *flags, "--micro-batch", 5)
+    for size in (1, 2):  # 2: micro-batches of 2, 2 and 1 examples
+        assert_same_run(whole, run(tiny_base, pairs_file, tmp_path / str(size), *flags, "--micro-batch", size))
+
+
+def test_fast_path_follows_the_plain_path_for_20_steps(tiny_base, pairs_file, tmp_path):
+    flags = ("--batch", 3, "--epochs", 10, "--lr", 1e-3)
+    plain = run(tiny_base, pairs_file, tmp_path / "plain", *flags)
+    assert len(plain[0]) == 20
+    fast = run(tiny_base, pairs_file, tmp_path / "fast", *flags, "--pack", "--tokens-per-batch", 500)
+    assert_same_run(plain, fast, rtol=1e-2)
+    live = run(tiny_base, pairs_file, tmp_path / "live", *flags, "--pack", "--reference", "live")
+    assert_same_run(plain, live, rtol=1e-2)
+
+
+def test_training_changes_the_adapter_only(tiny_base, pairs_file, tmp_path, monkeypatch):
+    """LoRA is never merged while training, and tower, projector and head stay frozen."""
+    kept = []
+    load = train.load_everything
+    monkeypatch.setattr(train, "load_everything", lambda *a: kept.append(load(*a)) or kept[0])
+    run(tiny_base, pairs_file, tmp_path / "run", "--batch", 5, "--epochs", 3, "--lr", 1e-2)
+    trained = {n.replace(".base.", "."): p for n, p in kept[0][0].named_parameters() if "lora_" not in n}
+    for name, original in load_model(tiny_base).named_parameters():
+        assert torch.equal(trained[name], original), name
+
+
+def test_dpo_no_image_leaves_picture_and_placeholder_out(tiny_base, pairs_file, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("the vision tower ran")
+
+    monkeypatch.setattr("model.VisionTower.forward", refuse)
+    run(tiny_base, pairs_file, tmp_path / "run", "--recipe", "dpo-no-image", "--max-steps", 1)
+    with pytest.raises(AssertionError, match="tower ran"):
+        run(tiny_base, pairs_file, tmp_path / "with", "--recipe", "dpo", "--max-steps", 1)
+
+
+@pytest.mark.parametrize("recipe, drawn", [("dpo", 0), ("pds-dpo", 0), ("mdpo", 2)])
+def test_only_recipes_that_look_at_m_l_draw_one(tiny_base, pairs_file, tmp_path, monkeypatch, recipe, drawn):
+    calls = []
+    draw = train.PairData.image_rejected
+    monkeypatch.setattr(train.PairData, "image_rejected", lambda *a: calls.append(1) or draw(*a))
+    run(tiny_base, pairs_file, tmp_path / "run", "--recipe", recipe, "--batch", 2, "--max-steps", 1)
+    assert len(calls) == drawn
+
+
+def test_learning_rate_by_hand():
+    # 10 steps, 2 of warm-up: 0, 1/2, then cosine over 8: at 2 the peak, at 6 half of it, at 10 zero
+    lr = [train.lr_at(step, 10, 0.2, 1.0) for step in range(10)]
+    expected = [0, 0.5, 1, 0.9619, 0.8536, 0.6913, 0.5, 0.3087, 0.1464, 0.0381]
+    assert all(math.isclose(a, b, abs_tol=1e-4) for a, b in zip(lr, expected, strict=True)), lr
+    assert train.lr_at(0, 936, 0.1, 1e-5) == 0 and train.lr_at(94, 936, 0.1, 1e-5) == 1e-5  # ceil(93.6) warm-up steps
+
+
+def test_recipes_are_the_papers():
+    a = train.parse_args(["--base", "llava-1.5-7b"])
+    assert (a.lr, a.epochs, a.batch, a.warmup, a.beta, a.delta, a.lora_r, a.lora_alpha) == (
+        1e-5, 3, 32, 0.1, 0.1, 0.0, 64, 128.0)  # fmt: skip
+    assert a.terms == ["dpo", "copo", "ancpo"] and a.anchors == ["w"] and a.rejected_image == "crop"
+    assert (a.adam_beta2, a.weight_decay, a.clip) == (0.98, 0.05, 1.0)
+    p = train.parse_args(["--base", "llava-1.5-7b", "--recipe", "pds-dpo"])
+    assert (p.terms, p.epochs, p.batch, p.lr, p.lora_r, p.lora_alpha) == (["dpo"], 2, 8, 1e-5, 128, 256.0)
+    assert (p.warmup, p.weight_decay, p.adam_beta2, p.beta) == (0.03, 0.0, 0.999, 0.1)
+    given = train.parse_args(["--base", "x", "--recipe", "pds-dpo", "--lr", "3e-5", "--terms", "dpo,ancpo"])
+    assert given.lr == 3e-5 and given.terms == ["dpo", "ancpo"] and given.epochs == 2  # a flag wins over the recipe
+
+
+def test_unknown_terms_and_flags_that_exclude_each_other_are_named(capsys):
+    wrong = [("--terms dpo,kto", "kto"), ("--anchors x", "x"), ("--batch 0", "--batch"), ("--checkpointing all", "all"),
+             ("--reference cached --no-pack", "--pack")]  # fmt: skip
+    for flags, named in wrong:
+        with pytest.raises(SystemExit):
+            train.parse_args(["--base", "x", *flags.split()])
+        assert named in capsys.readouterr().err
+
+
+def test_plain_logps_scores_each_triple_with_its_own_picture_and_answer():
+    """A stand-in model that says 'token 1' with a probability painted in the picture: m_w .9, m_l .2."""
+
+    def model(input_ids, images):
+        p = images.view(-1, 1).expand(-1, input_ids.shape[1])  # (B, 1) -> (B, T)
+        return torch.stack([1 - p, p], dim=-1).log()  # (B, T, 2)
+
+    mask = torch.tensor([[False, True, True]])
+    y_w, y_l = Tokens(torch.tensor([[0, 1, 1]]), mask), Tokens(torch.tensor([[0, 0, 0]]), mask)
+    m_w, m_l = torch.tensor([0.9]), torch.tensor([0.2])
+    logps = losses.plain_logps(model, Batch(y_w, y_l, m_w, m_l))
+    assert math.isclose(logps.chosen.item(), 2 * math.log(0.9), abs_tol=1e-5)
+    assert math.isclose(logps.rejected.item(), 2 * math.log(0.1), abs_tol=1e-5)
+    assert math.isclose(logps.image_rejected.item(), 2 * math.log(0.2), abs_tol=1e-5)
