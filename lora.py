@@ -15,12 +15,14 @@ adapter_config.json. Three spellings of <path> are in use for one decoder; all a
 import json
 import math
 import os
+import pickle
 import re
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -32,7 +34,7 @@ SPELLINGS = {
     "transformers5": "model.language_model.layers.",  # what PEFT on transformers >= 4.52 writes
     "original": "model.layers.",  # haotian-liu's LLaVA and Bunny
 }
-PREFIX = re.compile(r"base_model\.model\.(?:language_model\.model|model\.language_model|model)\.layers\.")
+PREFIX = re.compile(r"^base_model\.model\.(?:language_model\.model|model\.language_model|model)\.layers\.")
 
 
 class LoRALinear(nn.Module):
@@ -65,6 +67,7 @@ def add_lora(model: nn.Module, r: int = 64, alpha: float = 128, rslora: bool = F
 
     r 64, alpha 128: mDPO 4.1. Not the head, the projector or the vision tower (whose q_proj has the same name).
     """
+    assert not lora_modules(model), "add_lora: the model has a LoRA already"
     generator = torch.Generator().manual_seed(seed)
     model.requires_grad_(False)
     targets = targets or getattr(model, "lora_targets", TARGETS)
@@ -123,11 +126,12 @@ def save_adapter(model: nn.Module, folder: Path, base: str, spelling: str = "hub
     folder.mkdir(parents=True, exist_ok=True)
     state = adapter_state(model, spelling)
     targets = sorted({name.rpartition(".")[2] for name in lora_modules(model)})
-    # A regex, not a list: a list of suffixes would also match the vision tower's q, k, v.
-    scope = "" if spelling == "original" else "language_model.*"
+    # A regex, not a list: a list of suffixes would also match the vision tower's q, k, v. Both spellings of
+    # transformers get one that fits both, since PEFT renames the keys it reads but not this.
+    scope = r"model\." if spelling == "original" else r".*language_model.*"
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, **model.lora_config,
-        "target_modules": rf".*{scope}layers\.\d+\..*({'|'.join(targets)})", "bias": "none", "lora_dropout": 0.0,
+        "target_modules": rf"{scope}layers\.\d+\..*({'|'.join(targets)})", "bias": "none", "lora_dropout": 0.0,
         "use_dora": False, "fan_in_fan_out": False, "modules_to_save": None, "inference_mode": True,
     }  # fmt: skip
     weights, settings = folder / "adapter_model.safetensors", folder / "adapter_config.json"
@@ -139,33 +143,46 @@ def save_adapter(model: nn.Module, folder: Path, base: str, spelling: str = "hub
     os.replace(f"{settings}.part", settings)
 
 
-def load_adapter(model: nn.Module, folder: Path) -> None:
-    """Adds LoRA to the model from a PEFT folder, any of the spellings; a key that does not fit is an error."""
-    folder = Path(folder)
+def read_adapter(folder: Path) -> tuple[dict[str, Tensor], int, float, bool]:
+    """(tensors by our names, r, alpha, rslora) of a PEFT folder; SystemExit if it is not whole or not plain LoRA."""
     weights, settings = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    if not weights.is_file() and (folder / "adapter_model.bin").is_file():
+        weights = folder / "adapter_model.bin"  # PEFT before 0.7, such as both papers' releases
     for file in (weights, settings):
         if not file.is_file():
             raise SystemExit(f"{file}: not there. An adapter folder holds {weights.name} and {settings.name}.")
-    config = json.loads(settings.read_text())
-    unsupported = [k for k in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
-                   if config.get(k)]  # fmt: skip
+    try:
+        config = json.loads(settings.read_text(encoding="utf-8"))
+        unsupported = [k for k in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
+                       if config.get(k)]  # fmt: skip
+        if weights.suffix == ".bin":
+            stored = torch.load(weights, map_location="cpu", weights_only=True)  # runs no code
+        else:
+            stored = load_file(weights)
+    except (ValueError, AttributeError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
+        raise SystemExit(f"{folder}: {weights.name} or {settings.name} is damaged ({str(e).splitlines()[0]})") from None
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or unsupported:
         raise SystemExit(f"{settings}: only plain LoRA without bias is read here; found {config.get('peft_type')}, "
-                         f"bias {config.get('bias')}, {unsupported}")  # fmt: skip
-    state = {}
-    for key, value in load_file(weights).items():
-        name = PREFIX.sub("language_model.layers.", key).replace(".default.", ".").removesuffix(".weight")
-        state[name] = value
-    targets = tuple(sorted({name.split(".")[-2] for name in state if name.startswith("language_model.")}))
-    add_lora(model, config["r"], config["lora_alpha"], bool(config.get("use_rslora")), targets=targets)
+                         f"bias {config.get('bias')}, {', '.join(unsupported) or 'nothing else'}")  # fmt: skip
+    state = {PREFIX.sub("language_model.layers.", key).replace(".default.", ".").removesuffix(".weight"): value
+             for key, value in stored.items()}  # fmt: skip
+    # r and alpha 8: what PEFT assumes where the file is silent
+    return state, config.get("r", 8), config.get("lora_alpha", 8), bool(config.get("use_rslora"))
+
+
+def load_adapter(model: nn.Module, folder: Path) -> None:
+    """Adds LoRA to the model from a PEFT folder, any of the spellings; a key that does not fit is an error."""
+    state, *settings = read_adapter(Path(folder))
+    targets = tuple(sorted({name.split(".")[-2] for name in state if name.startswith("language_model.layers.")}))
+    add_lora(model, *settings, targets=targets)
     own = {f"{name}.{ab}": getattr(m, ab) for name, m in lora_modules(model).items() for ab in ("lora_A", "lora_B")}
-    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     wrong = [f"{k} {tuple(state[k].shape)}, expected {tuple(own[k].shape)}" for k in sorted(own.keys() & state.keys())
              if state[k].shape != own[k].shape]  # fmt: skip
-    if missing or unexpected or wrong:
-        lines = [f"  {len(found)} {what}: {', '.join(found[:10])}" for what, found in
-                 (("missing", missing), ("unexpected", unexpected), ("of wrong shape", wrong)) if found]  # fmt: skip
-        raise SystemExit(f"{weights}: does not fit this base.\n" + "\n".join(lines))
+    lists = {"missing": sorted(own.keys() - state.keys()), "unexpected": sorted(state.keys() - own.keys()),
+             "of wrong shape": wrong}  # fmt: skip
+    if any(lists.values()):
+        lines = [f"  {len(names)} {what}: {', '.join(names[:10])}" for what, names in lists.items() if names]
+        raise SystemExit(f"{folder}: the adapter does not fit this base.\n" + "\n".join(lines))
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(state[name])

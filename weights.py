@@ -13,11 +13,13 @@ import os
 import pickle
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import bunny
 from model import Config, LLaVA, VisionConfig
@@ -28,6 +30,7 @@ SOURCES = {  # base: hub repository, size of the download
     "bunny-v1.0-3b": ("BAAI/Bunny-v1_0-3B", "6.4 GB"),
 }
 WEIGHTS_VARIABLE = "NANOMDPO_WEIGHTS"  # a folder that holds a checkpoint folder for each base name
+VISION_SIZES = {"openai/clip-vit-large-patch14-336": "1.7 GB", "google/siglip-so400m-patch14-384": "3.5 GB"}
 HUB_FILES = ["*.json", "*.safetensors", "*.bin", "tokenizer.model"]
 
 VISION_NAMES = [  # inside a vision tower, all layouts: the file's -> ours
@@ -94,8 +97,9 @@ def from_hub(repository: str, size: str) -> Path:
         return Path(snapshot_download(repository, allow_patterns=HUB_FILES))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as e:
         raise SystemExit(
-            f"{repository} ({size}) is not in the cache and the hub cannot be reached ({type(e).__name__}); on a machine "
-            f"with a network run `hf download {repository}`, or give its folder with --weights DIR."
+            f"{repository} ({size}) is not complete in the cache and could not be fetched ({type(e).__name__}: "
+            f"{str(e).splitlines()[0]}). Run `hf download {repository}` where there is a network, or give its folder "
+            "with --weights DIR (--vision-weights DIR for a vision tower)."
         ) from None
 
 
@@ -104,11 +108,14 @@ def from_hub(repository: str, size: str) -> Path:
 
 def read_json(file: Path) -> dict:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SystemExit(f"{file}: not there; is the download complete?") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise SystemExit(f"{file}: not readable as JSON ({e})") from None
+    if not isinstance(value, dict):
+        raise SystemExit(f"{file}: holds a {type(value).__name__}, expected names and values")
+    return value
 
 
 def rope_theta(text: dict) -> float:
@@ -137,12 +144,20 @@ def read_config(folder: Path, vision: Path | None = None) -> Config | bunny.Conf
     t, d = (c if original else c["text_config"]), Config()
     feature_layer = c.get("mm_vision_select_layer" if original else "vision_feature_layer", -2)
     v = c.get("vision_config", {}) if vision is None else read_json(vision / "config.json")
+    rope = t.get("rope_scaling") or t.get("rope_parameters") or {}
+    heads = t.get("num_attention_heads", d.heads)
     unsupported = {
         "hidden_act": t.get("hidden_act", "silu") != "silu",
+        "projector": c.get("projector_hidden_act", "gelu") != "gelu"
+        or c.get("mm_projector_type", "mlp2x_gelu") != "mlp2x_gelu",
         "vision hidden_act": v.get("vision_config", v).get("hidden_act", "quick_gelu") != "quick_gelu",
         "tied embeddings": bool(t.get("tie_word_embeddings", False)) and bool(c.get("tie_word_embeddings", False)),
         "attention_bias": t.get("attention_bias", False),
-        "rope scaling": (t.get("rope_scaling") or t.get("rope_parameters") or {}).get("rope_type", "default") != "default",
+        "head_dim": (t.get("head_dim") or t.get("hidden_size", d.width) // heads)
+        != t.get("hidden_size", d.width) // heads,
+        "rope scaling": rope.get("rope_type", rope.get("type", "default")) != "default",
+        "image start and end tokens": c.get("mm_use_im_start_end", False),
+        "several feature layers": not isinstance(feature_layer, int),
         "feature select strategy": c.get("vision_feature_select_strategy", "default") != "default"
         or c.get("mm_vision_select_feature", "patch") != "patch",
     }  # fmt: skip
@@ -150,14 +165,14 @@ def read_config(folder: Path, vision: Path | None = None) -> Config | bunny.Conf
         raise SystemExit(
             f"{folder}/config.json: not a LLaVA-1.5: {', '.join(k for k, bad in unsupported.items() if bad)}"
         )
-    heads = t.get("num_attention_heads", d.heads)
     return Config(
         vision_config(v, d.vision, feature_layer), t.get("vocab_size", 32000), t.get("hidden_size", d.width),
         t.get("num_hidden_layers", d.layers), heads, t.get("num_key_value_heads") or heads,
         t.get("intermediate_size", d.ffn), t.get("rms_norm_eps", 1e-6), rope_theta(t),
         # the original has no row for <image>: its own placeholder index
         image_id=-200 if original else c.get("image_token_index", c.get("image_token_id", d.image_id)),
-        pad_id=t.get("pad_token_id") or 0 if original else c.get("pad_token_id", d.pad_id),
+        pad_id=c.get("pad_token_id") or 0,  # any row will do: padding is masked
+        bos_id=t.get("bos_token_id") or d.bos_id, eos_id=t.get("eos_token_id") or d.eos_id,
     )  # fmt: skip
 
 
@@ -171,26 +186,44 @@ def vision_folder(folder: Path, vision: Path | None) -> Path | None:
     for near in (Path(name), folder / Path(name).name, folder.parent / Path(name).name):
         if (near / "config.json").is_file():
             return near
-    return from_hub(name, "1.7 GB")
+    return from_hub(name, VISION_SIZES.get(name, "size not known"))
 
 
 # ---- tensors -------------------------------------------------------------------------------------------------------
+
+
+class Stored(NamedTuple):
+    """Where a tensor is."""
+
+    file: Path
+    name: str  # in the file
+    shape: tuple[int, ...]
 
 
 def shard_files(folder: Path) -> dict[str, Path] | list[Path]:
     """{tensor name: file} from an index, or the single weights file of a folder."""
     for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
         if (folder / index).is_file():
-            table = read_json(folder / index)["weight_map"]
+            table = read_json(folder / index).get("weight_map", {})
             absent = sorted({f for f in table.values() if not (folder / f).is_file()})
             if absent:
-                raise SystemExit(f"{folder}/{index} names {len(absent)} file(s) that are not there: {', '.join(absent[:10])}. "
-                                 "Is the download complete?")  # fmt: skip
+                raise SystemExit(f"{folder}/{index} names {len(absent)} file(s) that are not there: "
+                                 f"{', '.join(absent[:10])}. Is the download complete?")  # fmt: skip
             return {name: folder / file for name, file in table.items()}
     for single in ("model.safetensors", "pytorch_model.bin"):
         if (folder / single).is_file():
             return [folder / single]
     raise SystemExit(f"{folder}: no weights (model.safetensors or pytorch_model.bin, or an index and its shards)")
+
+
+def open_bin(file: Path) -> dict[str, Tensor]:
+    """The tensors of a .bin file, mapped, not read. weights_only: a pickle can hold code, and none of it runs."""
+    with open(file, "rb") as f:
+        mappable = f.read(2) == b"PK"  # torch >= 1.6 writes zip files; older ones must be read whole
+    tensors = torch.load(file, map_location="cpu", mmap=mappable, weights_only=True)
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise pickle.UnpicklingError("not a table of tensors by name")
+    return tensors
 
 
 def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
@@ -199,19 +232,21 @@ def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
         if file.suffix == ".safetensors":
             with safe_open(file, "pt") as f:
                 return {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}
-        return {name: tuple(t.shape) for name, t in torch.load(file, mmap=True, weights_only=True).items()}
+        return {name: tuple(t.shape) for name, t in open_bin(file).items()}
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as e:
         raise SystemExit(f"{file}: truncated or damaged ({e}); download it again") from None
     except pickle.UnpicklingError as e:
-        raise SystemExit(f"{file}: holds more than tensors and is not opened ({str(e).splitlines()[0]})") from None
+        raise SystemExit(
+            f"{file}: damaged, or holds more than tensors; not opened ({str(e).splitlines()[0]})"
+        ) from None
 
 
-def read_tensor(file: Path, name: str, dtype: torch.dtype, device: str) -> Tensor:
-    """One tensor, mapped, copied to its dtype and device, unmapped."""
-    if file.suffix == ".safetensors":
-        with safe_open(file, "pt") as f:
-            return f.get_tensor(name).to(device, dtype, copy=True)
-    return torch.load(file, mmap=True, weights_only=True)[name].to(device, dtype, copy=True)
+def read_tensor(stored: Stored, dtype: torch.dtype | None = None, device="cpu") -> Tensor:
+    """One tensor, mapped, copied to its dtype and device, unmapped. dtype None: as stored."""
+    if stored.file.suffix == ".safetensors":
+        with safe_open(stored.file, "pt") as f:
+            return f.get_tensor(stored.name).to(device, dtype, copy=True)
+    return open_bin(stored.file)[stored.name].to(device, dtype, copy=True)
 
 
 def our_name(name: str, table: list[tuple[str, str]]) -> str:
@@ -227,8 +262,8 @@ def our_name(name: str, table: list[tuple[str, str]]) -> str:
     return name
 
 
-def index_tensors(folder: Path) -> dict[str, tuple[Path, str, tuple[int, ...]]]:
-    """Our name -> (file, its name there, shape) for every tensor of a checkpoint folder."""
+def index_tensors(folder: Path) -> dict[str, Stored]:
+    """Our name -> where it is, for every tensor of a checkpoint folder."""
     listed = shard_files(folder)
     files = sorted(set(listed.values())) if isinstance(listed, dict) else listed
     found = {(name, file): shape for file in files for name, shape in read_shapes(file).items()}
@@ -243,38 +278,52 @@ def index_tensors(folder: Path) -> dict[str, tuple[Path, str, tuple[int, ...]]]:
     if not tables:
         raise SystemExit(f"{folder}: unknown layout; its tensors begin with {', '.join(names[:3])}. "
                          f"Layouts known: {', '.join(LAYOUTS)}")  # fmt: skip
-    return {our_name(name, tables[0]): (file, name, shape) for (name, file), shape in found.items()}
+    tensors = {our_name(name, tables[0]): Stored(file, name, shape) for (name, file), shape in found.items()}
+    if len(tensors) < len(found):
+        raise SystemExit(
+            f"{folder}: {len(found) - len(tensors)} tensors are there twice, under two names or in two files"
+        )
+    return tensors
+
+
+def checkpoint_tensors(folder: Path, vision: Path | None = None) -> tuple[dict[str, Stored], Path | None]:
+    """Every tensor of a base, its vision tower from a folder of its own where it must; and that folder."""
+    tensors = index_tensors(folder)
+    if not vision and any(name.startswith("vision_tower.") for name in tensors):
+        return tensors, None
+    vision = vision_folder(folder, vision)
+    if vision:
+        tensors = {n: t for n, t in tensors.items() if not n.startswith("vision_tower.")}
+        tensors |= {n: t for n, t in index_tensors(vision).items() if n.startswith("vision_tower.")}
+    return tensors, vision
 
 
 def load_model(folder: Path, vision: Path | None = None, dtype=torch.float32, device="cpu") -> LLaVA:
-    """A checkpoint folder of any layout -> frozen model. SystemExit listing what is missing, unexpected, wrong-shaped."""
-    tensors = index_tensors(folder)
-    if vision or not any(name.startswith("vision_tower.") for name in tensors):
-        vision = vision_folder(folder, vision)
-        if vision:
-            tensors = {n: t for n, t in tensors.items() if not n.startswith("vision_tower.")}
-            tensors |= {n: t for n, t in index_tensors(vision).items() if n.startswith("vision_tower.")}
+    """A checkpoint folder of any layout -> frozen model. SystemExit lists what is missing, unexpected, wrong-shaped."""
+    tensors, vision = checkpoint_tensors(folder, vision)
     config = read_config(folder, vision)
     with torch.device("meta"):
         model = (bunny.Bunny if isinstance(config, bunny.Config) else LLaVA)(config)
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
     check_names(folder, wanted, tensors, config.vision.layers_run)
-    for name in wanted:
-        file, stored, _ = tensors[name]
+    for name in tqdm(wanted, f"loading {folder.name}", disable=None):
         parent, _, leaf = name.rpartition(".")
-        weight = nn.Parameter(read_tensor(file, stored, dtype, device), requires_grad=False)
+        weight = nn.Parameter(read_tensor(tensors[name], dtype, device), requires_grad=False)
         setattr(model.get_submodule(parent), leaf, weight)
     return model.eval()
 
 
-def check_names(folder: Path, wanted: dict, tensors: dict, vision_layers_run: int) -> None:
-    def ignored(name: str) -> bool:
-        layer = re.match(r"vision_tower\.layers\.(\d+)\.", name)
-        return bool(IGNORED.search(name)) or bool(layer and int(layer[1]) >= vision_layers_run)
+def unused_layer(name: str, vision_layers_run: int) -> bool:
+    """Whether a tensor belongs to a vision layer after the selected one."""
+    layer = re.match(r"vision_tower\.layers\.(\d+)\.", name)
+    return bool(layer) and int(layer[1]) >= vision_layers_run
 
-    wrong = [f"{n} {tensors[n][2]} instead of {shape}" for n, shape in wanted.items()
-             if n in tensors and tensors[n][2] != shape]  # fmt: skip
-    unexpected = [tensors[n][1] for n in tensors if n not in wanted and not ignored(n)]
+
+def check_names(folder: Path, wanted: dict, tensors: dict[str, Stored], vision_layers_run: int) -> None:
+    wrong = [f"{n} {tensors[n].shape} instead of {shape}" for n, shape in wanted.items()
+             if n in tensors and tensors[n].shape != shape]  # fmt: skip
+    unexpected = [tensors[n].name for n in tensors if n not in wanted
+                  and not IGNORED.search(n) and not unused_layer(n, vision_layers_run)]  # fmt: skip
     lists = {"missing": [n for n in wanted if n not in tensors], "unexpected": unexpected, "of wrong shape": wrong}
     if any(lists.values()):
         lines = [f"  {len(names)} {what}: {', '.join(names[:10])}" for what, names in lists.items() if names]
