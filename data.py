@@ -57,11 +57,12 @@ class Processor:
     def __init__(self, tokenizer: Tokenizer, config: Config, template: Template = VICUNA):
         self.tokenizer, self.config = tokenizer, config
         self.template = replace(template, image=replace(template.image, size=config.vision.image_size))
-        tokenizer.encode_special_tokens = True  # "</s>" inside a text is text, never the end-of-sequence id
         special = [t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special]
         self.special_texts = sorted({*special, IMAGE_TOKEN})
 
     def encode(self, text: str) -> list[int]:
+        """Ids of a text; "</s>" in it is text, never the end-of-sequence id."""
+        self.tokenizer.encode_special_tokens = True  # each time: a tokenizer sent to a worker process has forgotten it
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def prompt_ids(self, question: str, with_image: bool = True) -> list[int]:

@@ -1,6 +1,7 @@
 """Prompt, mask, pictures and batches: golden ids from a vocabulary of single letters, properties on random texts."""
 
 import io
+import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -108,6 +109,7 @@ def test_bunny_templates(template, first):
 @pytest.mark.parametrize("text", ["</s>", "a<s>b", "<image>", "x <pad>"])
 def test_special_token_text_never_becomes_a_special_id(text):
     assert PROCESSOR.encode(text) == ids(" " + text)
+    assert pickle.loads(pickle.dumps(PROCESSOR)).encode(text) == ids(" " + text)  # as worker processes get it
     for name in ("prompt", "chosen", "rejected"):
         problem = find_problems([pair(**{name: text})], PROCESSOR, with_image=False)[0]
         assert problem[:3] == (1, "p1", "special-token text inside data") and problem.detail.endswith(f" in {name}")
