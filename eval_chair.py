@@ -1,0 +1,300 @@
+"""CHAIR (Rohrbach et al. 2018) and Object HalBench (RLHF-V, Yu et al. 2023): which objects does a caption invent?
+
+Both find the 80 COCO objects in a text by a list of synonyms and compare with the instances and reference captions of
+the picture. Object HalBench has 300 answers, its own list, WordNet lemmas, and (as published) a language model that
+lists the objects first. mDPO's Table 1 reports Object HalBench: `chair_s_refine` and `chair_i` of the model-based form.
+
+Deviations:
+1. `pattern.en.singularize` and the WordNet lemmatizer are replaced by tables of what they answer on every word that
+   touches the synonym lists, the tokenizer by one regular expression (1 of 20,000 captions differs).
+2. With an extractor, the prompt is ours, any model may answer (the original is switched off), and compound nouns are
+   found by a plain rule, not by a part-of-speech tagger. Such numbers compare with each other, not with papers.
+3. Code fences around a reply are dropped before it is read. Answer files called *coh* get no special trimming.
+4. COCO's train split is read only when an answered picture is not in val; no picture is in both, so nothing changes.
+
+Run: python eval_chair.py --answers answers.jsonl --annotations coco/annotations --synonyms synonyms_refine.txt
+     --protocol objhal [--extractor URL --extractor-model M] [--json result.json]
+"""
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import eval_common
+from eval_common import Part, ratio
+
+SCORER = "eval_chair.py 1"
+ASSETS = Path(__file__).parent / "assets"
+WORD = re.compile(r"[a-z0-9]+(?:[-./'][a-z0-9]+)*(?<!'s)|'[a-z]+|[^\sa-z0-9]")
+OFFICIAL_SYNONYMS = {
+    "chair2018": "b685537b36fe21b791c87151b96a991ceb582edff19f3da204dcc7a7905502f2",
+    "objhal": "681041d2958d7871ed6fa69c3108f34aa6a0a354eb53ed4c5a425e65f86bc72a",
+}
+DENOMINATORS = {
+    "chair_s": "answers that invent an object / all answers (CHAIRs)",
+    "chair_s_refine": "answers that invent an object / answers that name an object (Response Hall, as published)",
+    "chair_i": "invented mentions / all mentions, pooled over answers (CHAIRi, Object Hall)",
+    "recall": "true objects that were named / all true objects, pooled over answers",
+    "mean_objects": "mentions / answers",
+}
+# CHAIR 2018's two-word names ("stove top oven" never matches). Home plate and train track only hide their words.
+PAIRS_2018 = (
+    "traffic light,street light,traffic signal,stop light,fire hydrant,stop sign,parking meter,suit case,sports ball,"
+    "baseball bat,baseball glove,tennis racket,wine glass,hot dog,cell phone,mobile phone,teddy bear,hair drier,"
+    "potted plant,bow tie,laptop computer,motor bike,motor cycle,air plane,home plate,train track"
+).split(",")
+ANIMALS = "bird cat dog horse sheep cow elephant bear zebra giraffe animal cub".split()
+# Words that end a compound noun or only describe one; they stand in for the original's part-of-speech tagger.
+NOT_A_NOUN = frozenset(
+    "a an the of on in at with and or by for from to near next his her their its some several many few one two three "
+    "four five six seven eight nine ten large big small little tiny tall short long old young new black white red blue "
+    "green yellow brown orange gray grey pink purple silver golden dark light bright wooden open empty full various "
+    "other adult stuffed colorful - / ' . ,".split()
+)
+EXTRACT = """You list the objects that a picture description says are in the picture.
+
+[Question]
+<image> {question}
+[End of question]
+
+[Description]
+{answer}
+[End of description]
+
+Treat the description as true. Rules:
+1. List only objects that the description says are visible in the picture, nothing you infer.
+2. Give each object as a plain noun, without number, colour, size, material or any other attribute.
+3. Do not list parts, feelings, actions or qualities as objects.
+4. Answer with one JSON list of strings and nothing else, such as ["dog", "tennis racket"].
+5. If there is no object, answer []."""
+
+
+class Vocabulary(NamedTuple):
+    node: dict[str, str]  # synonym -> its COCO object ("puppy" -> "dog")
+    pairs: dict[str, str]  # two words -> the word they become ("bow tie" -> "tie")
+    forms: dict[str, str]  # token -> singular or lemma
+
+
+def load_vocabulary(synonyms: str, protocol: str) -> Vocabulary:
+    """synonyms: one line per COCO object, the object's name first."""
+    node = {}
+    for line in eval_common.read_text(synonyms).strip().split("\n"):
+        # CHAIR splits at ", " and nothing else, so that " motor bike" after a double blank never matches; this is in
+        # the published numbers. Object HalBench cleaned its list.
+        names = line.strip().split(", ") if protocol == "chair2018" else [name.strip() for name in line.split(",")]
+        node.update(dict.fromkeys(names, names[0]))
+    names = PAIRS_2018 if protocol == "chair2018" else [n for n in node if " " in n] + ["home plate", "train track"]
+    pairs = {name: name for name in names}
+    pairs |= {f"{age} {animal}": animal for age in ("baby", "adult") for animal in ANIMALS}
+    pairs |= {"passenger jet": "jet", "passenger train": "train", "bow tie": "tie", "toilet seat": "toilet"}
+    pairs["wine glas"] = "wine glass"  # the 2018 singular of "glass" is "glas"
+    table = "chair_singular_forms.json" if protocol == "chair2018" else "wordnet_noun_forms.json"
+    return Vocabulary(node, pairs, json.loads((ASSETS / table).read_text(encoding="utf-8"))["forms"])
+
+
+def merge_pairs(words: list[str], pairs: dict[str, str]) -> list[str]:
+    """Joins two-word names from left to right; a word belongs to one name only."""
+    merged, i = [], 0
+    while i < len(words):
+        pair = pairs.get(f"{words[i]} {words[i + 1]}") if i + 1 < len(words) else None
+        merged.append(pair or words[i])
+        i += 2 if pair else 1
+    return merged
+
+
+def known_objects(words: list[str], vocabulary: Vocabulary) -> list[tuple[str, str]]:
+    """(word, object) of every word in the list of synonyms; with a toilet anywhere, a seat is part of the toilet."""
+    if "toilet" in words:
+        words = [word for word in words if word != "seat"]
+    return [(word, vocabulary.node[word]) for word in words if word in vocabulary.node]
+
+
+def text_objects(text: str, vocabulary: Vocabulary) -> list[tuple[str, str]]:
+    """Every mention of a COCO object in a text, in order, with repetitions."""
+    words = [vocabulary.forms.get(word, word) for word in WORD.findall(text.lower())]
+    return known_objects(merge_pairs(words, vocabulary.pairs), vocabulary)
+
+
+def reply_objects(reply: str) -> list[str]:
+    """The list in an extractor's reply: all of it, or its last line. ValueError when there is none."""
+    lines = [line for line in reply.strip().split("\n") if not line.startswith("```")]
+    try:
+        found = json.loads("\n".join(lines))
+    except ValueError:
+        if '["' not in reply:
+            raise
+        found = json.loads(lines[-1])
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise ValueError(f"not a JSON list of texts: {reply[:80]!r}")
+    return found
+
+
+def phrase_nouns(name: str, vocabulary: Vocabulary) -> list[str]:
+    """Nouns of one extracted name: its known pairs if there are any, else runs of words that are not NOT_A_NOUN."""
+    # the tagger's lemma of "men" is "man"; WordNet alone keeps "men"
+    words = [{"men": "man"}.get(word, vocabulary.forms.get(word, word)) for word in WORD.findall(name.lower())]
+    neighbours = map(" ".join, zip(words, words[1:], strict=False))
+    found = [vocabulary.pairs[pair] for pair in neighbours if pair in vocabulary.pairs]
+    runs = " ".join("|" if word in NOT_A_NOUN else word for word in words).split("|")
+    # a name of nothing but describing words ("orange", "light") ends in a noun after all
+    return found or [run.strip() for run in runs if run.strip()] or words[-1:]
+
+
+def noun_objects(nouns: list[str], vocabulary: Vocabulary) -> list[tuple[str, str]]:
+    """With an extractor a word counts once per answer: "man" and "woman" are two mentions, "man" twice is one."""
+    return known_objects(list(dict.fromkeys(nouns)), vocabulary)
+
+
+def load_truth(annotations: str, image_ids: list[int], vocabulary: Vocabulary) -> list[set[str]]:
+    """Objects of each picture: its COCO instances, and what its reference captions mention."""
+    truth, known = {image_id: set() for image_id in image_ids}, set()
+    for split in ("val2014", "train2014"):
+        if known.issuperset(truth):
+            break
+        instances = eval_common.read_json(Path(annotations) / f"instances_{split}.json")
+        captions = eval_common.read_json(Path(annotations) / f"captions_{split}.json")
+        known.update(image["id"] for data in (instances, captions) for image in data["images"])
+        objects = {category["id"]: category["name"] for category in instances["categories"]}
+        for row in instances["annotations"]:
+            if row["image_id"] in truth:
+                truth[row["image_id"]].add(vocabulary.node[objects[row["category_id"]]])
+        for row in captions["annotations"]:
+            if row["image_id"] in truth:
+                truth[row["image_id"]].update(node for _, node in text_objects(row["caption"], vocabulary))
+    missing = [image_id for image_id in image_ids if image_id not in known]
+    if missing:
+        raise SystemExit(f"{annotations}: {len(missing)} answered pictures have no annotations, such as {missing[:3]}.")
+    return [truth[image_id] for image_id in image_ids]
+
+
+def chair_counts(mentions: list[list[str]], truth: list[set[str]]) -> dict[str, list[int]]:
+    """One number per caption for every sum the scores are made of. A mention is hallucinated iff it is not in truth."""
+    columns = {
+        name: [] for name in ("rows", "bad_rows", "object_rows", "mentions", "bad_mentions", "truth", "recalled")
+    }
+    for said, gt in zip(mentions, truth, strict=True):
+        bad = sum(node not in gt for node in said)
+        row = (1, int(bad > 0), int(bool(said)), len(said), bad, len(gt), len(gt.intersection(said)))
+        for column, number in zip(columns.values(), row, strict=True):
+            column.append(number)
+    return columns
+
+
+def chair_metrics(s: dict) -> dict:
+    """Sums -> scores; numbers or arrays."""
+    return {
+        "chair_s": ratio(s["bad_rows"], s["rows"]),
+        "chair_s_refine": ratio(s["bad_rows"], s["object_rows"]),
+        "chair_i": ratio(s["bad_mentions"], s["mentions"]),
+        "recall": ratio(s["recalled"], s["truth"]),
+        "mean_objects": ratio(s["mentions"], s["rows"]),
+    }
+
+
+def chair_scores(mentions: list[list[str]], truth: list[set[str]]) -> dict:
+    """Scores from node words: mentions[i] as said in caption i, in order, with repetitions; truth[i] what is there.
+
+    Fractions 0..1, None where the denominator is 0. chair_s divides by all captions, chair_s_refine by the captions
+    that name at least one object, chair_i by all mentions (pooled over captions), recall by all true objects.
+    """
+    columns = chair_counts(mentions, truth)
+    names = {"n": "rows", "n_with_object": "object_rows", "n_hallucinated": "bad_rows", "n_mentions": "mentions"}
+    names |= {"n_hallucinated_mentions": "bad_mentions", "n_truth": "truth", "n_recalled": "recalled"}
+    scores = eval_common.values(Part([], columns, chair_metrics))
+    return scores | {name: sum(columns[column]) for name, column in names.items()}
+
+
+def image_id(row: dict) -> int:
+    """The COCO number: `image_id`, or the end of a COCO file name."""
+    found = re.fullmatch(r"\d+", str(row.get("image_id", "")))
+    found = found or re.search(r"(?<!\d)\d{12}(?=\.\w+$)", str(row.get("image", "")))
+    if not found:
+        raise SystemExit(f"{row['_where']}: no `image_id`, and `image` is not a COCO file name; add the COCO number.")
+    return int(found[0])
+
+
+def extract(rows: list[dict], ids: list[int], path: str, args) -> list[list[str]]:
+    """Names the language model finds in each answer; answers of three words or fewer are not sent."""
+    requests = {}
+    for row, key in zip(rows, ids, strict=True):
+        if len(row["answer"].split()) > 3:
+            question = row.get("question") or row.get("prompt") or ""
+            content = EXTRACT.format(question=question, answer=row["answer"])
+            body = {"model": args.model, "messages": [{"role": "system", "content": content}]}
+            requests[str(key)] = body | {"temperature": 0.2, "top_p": 1, "max_tokens": 512}
+    saved = eval_common.read_json(path) if Path(path).is_file() else []
+    if isinstance(saved, dict):  # {image_id: text of the reply}, from another tool
+        if missing := sorted(requests.keys() - saved.keys()):
+            raise SystemExit(f"{path}: no reply for {len(missing)} answers, such as of image {missing[:3]}.")
+        texts = saved
+    else:
+        replies = eval_common.ask_all(requests, path, reply_objects, args)
+        texts = {key: eval_common.reply_text(reply) for key, reply in zip(requests, replies, strict=True)}
+    try:
+        return [reply_objects(texts[str(key)]) if str(key) in requests else [] for key in ids]
+    except ValueError as error:
+        raise SystemExit(f"{path}: a reply without a list of objects ({error}); remove it and ask again.") from error
+
+
+def score(path: str, replies: str | None, vocabulary: Vocabulary, args) -> tuple[dict, list[Part]]:
+    rows = eval_common.read_answers(path)
+    ids = [image_id(row) for row in rows]
+    eval_common.check_unique(ids, rows, "image")
+    if args.protocol == "objhal":
+        for row in rows:
+            row["answer"] = row["answer"].replace("Assistant:", "").strip()
+    if replies:
+        found = extract(rows, ids, replies, args)
+        nouns = [[noun for name in names for noun in phrase_nouns(name, vocabulary)] for names in found]
+        pairs = [noun_objects(said, vocabulary) for said in nouns]
+        protocol = f"Object HalBench, objects listed by {args.model or 'saved replies'}"
+    else:
+        pairs = [text_objects(row["answer"], vocabulary) for row in rows]
+        protocol = "CHAIR 2018" if args.protocol == "chair2018" else "Object HalBench, no language model"
+    truth = load_truth(args.annotations, ids, vocabulary)
+    mentions = [[node for _, node in said] for said in pairs]
+    part = Part(ids, chair_counts(mentions, truth), chair_metrics)
+    result = eval_common.header(SCORER, protocol, [path], rows, 300 if args.protocol == "objhal" else None)
+    digest = eval_common.sha256(Path(args.synonyms).read_bytes())
+    if digest != OFFICIAL_SYNONYMS[args.protocol]:
+        result["warnings"].append(f"{args.synonyms} is not the official list for {args.protocol}")
+    result |= {
+        "synonyms_sha256": digest,
+        "replies": replies,
+        "denominators": DENOMINATORS,
+        **eval_common.summary(part),
+        "counts": {name: n for name, n in chair_scores(mentions, truth).items() if name not in DENOMINATORS},
+        "rows": [{"id": key, "mentions": pairs[i], "truth": sorted(truth[i])} for i, key in enumerate(ids)],
+    }
+    return result, [part]
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--answers", help="answers.jsonl, an Object HalBench answer file or COCO captions")
+    source.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two answer files: differences B - A")
+    parser.add_argument("--annotations", required=True, help="folder of instances_ and captions_{train,val}2014.json")
+    parser.add_argument("--synonyms", required=True, help="synonyms.txt (chair2018) or synonyms_refine.txt (objhal)")
+    parser.add_argument("--protocol", required=True, choices=["chair2018", "objhal"])
+    parser.add_argument("--extractor", dest="url", help="OpenAI-compatible endpoint, such as http://localhost:8000/v1")
+    parser.add_argument("--extractor-model", dest="model", help="name of the model there")
+    parser.add_argument("--replies", nargs="+", help="its saved replies, a file per answer file (ANSWERS.replies.json)")
+    parser.add_argument("--json", help="file for the result")
+    eval_common.llm_flags(parser)
+    args = parser.parse_args(argv)
+    paths = args.compare or [args.answers]
+    if (args.url or args.replies) and args.protocol != "objhal" or args.url and not args.model:
+        parser.error("--extractor and --replies belong to --protocol objhal; --extractor needs --extractor-model")
+    if args.replies and len(args.replies) != len(paths):
+        parser.error("--replies needs one file per answer file")
+    beside = [str(Path(path).with_suffix(".replies.json")) if args.url else None for path in paths]
+    vocabulary = load_vocabulary(args.synonyms, args.protocol)
+    files = zip(paths, args.replies or beside, strict=True)
+    eval_common.report([score(path, replies, vocabulary, args) for path, replies in files], args.json)
+
+
+if __name__ == "__main__":
+    main()

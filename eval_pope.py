@@ -1,0 +1,166 @@
+"""POPE (Li et al. 2023): yes-or-no questions about objects, asked of answers that may say anything.
+
+Positive class: yes. The published number is the mean of F1 (and accuracy) over the splits random, popular, adversarial.
+
+Deviations:
+1. A value whose denominator is 0 is null; the original script stops there.
+2. Answers are matched to labels by `question_id` where both have it, and the questions must agree in any case. The
+   original goes by order alone, which scores answers to the older question files without a word.
+
+Run: python eval_pope.py --answers random.jsonl popular.jsonl adversarial.jsonl
+     --labels coco_pope_random.json coco_pope_popular.json coco_pope_adversarial.json [--json result.json]
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+import eval_common
+from eval_common import Part, ratio
+
+SCORER = "eval_pope.py 1"
+# Two versions of the questions are in use. The older (random: 2,910 rows; LLaVA-1.5's and Bunny's tables) differs in
+# 44 and 58 rows of popular and adversarial.
+VERSIONS = {
+    "ac25245170b975a5bdf9080b23fd431dfe6be458bc038259c1f4f09a6bef7994": "current random",
+    "72c1a8ad45d0c13514f5f22598261df41d3b533854d29682e924db50ed8aa753": "current popular",
+    "420b3407db1fa9f1187a805dca41cb7b97fd91504e6c2179706188c107fb8ef8": "current adversarial",
+    "c16b65d2df6d70bb0814c8a4375833d39cdb09928fd936d3fc546491efa37f35": "older (e3e3926) random",
+    "5b16653023bf4f64d57eb0d168259de6627f5cde7538b85ebed3cc33034aa6cc": "older (e3e3926) popular",
+    "1d8f0906a9b50c05640f6f23abfac97523be2a1bed28f7eadc63b811699b2d26": "older (e3e3926) adversarial",
+}
+DENOMINATORS = {
+    "accuracy": "right answers / questions",
+    "precision": "yes and right / answered yes",
+    "recall": "yes and right / questions whose answer is yes",
+    "f1": "2 P R / (P + R)",
+    "yes_ratio": "answered yes / questions",
+}
+
+
+def yes_or_no(answer: str) -> str:
+    """The official rule: "no" iff No, not or no is a word before the first full stop; everything else is "yes"."""
+    words = answer.split(".")[0].replace(",", "").split(" ")
+    return "no" if {"No", "not", "no"} & set(words) else "yes"
+
+
+def pope_metrics(s: dict) -> dict:
+    """Counts -> metrics; numbers or arrays."""
+    precision, recall = ratio(s["tp"], s["tp"] + s["fp"]), ratio(s["tp"], s["tp"] + s["fn"])
+    n = s["tp"] + s["fp"] + s["tn"] + s["fn"]
+    return {
+        "accuracy": ratio(s["tp"] + s["tn"], n),
+        "precision": precision,
+        "recall": recall,
+        "f1": ratio(2 * precision * recall, precision + recall),
+        "yes_ratio": ratio(s["tp"] + s["fp"], n),
+    }
+
+
+def pope_scores(said: list[str], truth: list[str]) -> dict:
+    """Metrics and counts of "yes"/"no" lists in the same order."""
+    columns = pope_counts(said, truth)
+    counts = {name: sum(column) for name, column in columns.items()}
+    return eval_common.values(Part([], columns, pope_metrics)) | counts
+
+
+def pope_counts(said: list[str], truth: list[str]) -> dict[str, list[int]]:
+    kinds = {"tp": ("yes", "yes"), "fp": ("yes", "no"), "tn": ("no", "no"), "fn": ("no", "yes")}
+    pairs = list(zip(said, truth, strict=True))
+    return {name: [int(pair == kind) for pair in pairs] for name, kind in kinds.items()}
+
+
+def match(rows: list[dict], labels: list[dict]) -> list[dict]:
+    """The answer to each label, by question_id where all rows have one, else by order."""
+    if all("question_id" in row for row in rows + labels):
+        ids = [row["question_id"] for row in rows]
+        eval_common.check_unique(ids, rows, "question")
+        eval_common.check_unique([label["question_id"] for label in labels], labels, "question")
+        by_id, wanted = dict(zip(ids, rows, strict=True)), {label["question_id"] for label in labels}
+        for found, reason in ((wanted - by_id.keys(), "have no answer"), (by_id.keys() - wanted, "have no label")):
+            if found:
+                some = sorted(found, key=str)[:3]
+                files = f"{rows[0]['_where']} and {labels[0]['_where']}"
+                raise SystemExit(f"{files} on: {len(found)} questions {reason}, such as {some}; both must be complete.")
+        rows = [by_id[label["question_id"]] for label in labels]
+    if len(rows) != len(labels):
+        files = f"{rows[0]['_where']} and {labels[0]['_where']}"
+        raise SystemExit(f"{files} on: {len(rows)} answers for {len(labels)} labels; answer every question once.")
+    for row, label in zip(rows, labels, strict=True):
+        asked = row.get("question") or row.get("prompt") or ""
+        if label["text"] not in asked or row.get("label", label["label"]) != label["label"]:
+            raise SystemExit(
+                f"{row['_where']}: answers {asked!r}, but {label['_where']} asks {label['text']!r} (label "
+                f"{label['label']}); another order or version of the questions. Use the labels it was made from."
+            )
+    return rows
+
+
+def score_split(path: str, labels_path: str) -> tuple[dict, list[dict], Part]:
+    labels = eval_common.read_rows(labels_path)
+    for label in labels:
+        if label.get("label") not in ("yes", "no") or not isinstance(label.get("text"), str):
+            raise SystemExit(f"{label['_where']}: a label row needs `text` and `label` yes or no.")
+    rows = match(eval_common.read_answers(path), labels)
+    said = [yes_or_no(row["answer"]) for row in rows]
+    part = Part(
+        [label.get("question_id", i) for i, label in enumerate(labels)],
+        pope_counts(said, [label["label"] for label in labels]),
+        pope_metrics,
+    )
+    digest = eval_common.sha256(Path(labels_path).read_bytes())
+    split = {
+        "labels": str(labels_path),
+        "labels_sha256": digest,
+        "labels_version": VERSIONS.get(digest),
+        "n": len(rows),
+        "counts": {name: sum(column) for name, column in part.columns.items()},
+        **eval_common.summary(part),
+        "rows": [{"id": key, "said": word} for key, word in zip(part.ids, said, strict=True)],
+    }
+    return split, rows, part
+
+
+def score(paths: list[str], labels: list[str]) -> tuple[dict, list[Part]]:
+    scored = [score_split(path, label) for path, label in zip(paths, labels, strict=True)]
+    splits = {Path(label).stem: split for label, (split, _, _) in zip(labels, scored, strict=True)}
+    if len(splits) < len(labels):
+        raise SystemExit(f"--labels names a split twice: {', '.join(labels)}.")
+    every_row, parts = [row for _, rows, _ in scored for row in rows], [part for _, _, part in scored]
+    protocol = "POPE" + (f", mean over {len(parts)} splits" if len(parts) > 1 else f", {next(iter(splits))}")
+    result = eval_common.header(SCORER, protocol, paths, every_row, sum(len(part.ids) for part in parts))
+    # each split is drawn on its own: its questions are another sample
+    samples = [eval_common.bootstrap(part, eval_common.SEED + i) for i, part in enumerate(parts)]
+    metrics = {}
+    for name in DENOMINATORS:
+        found = [split["metrics"][name] for split in splits.values()]
+        metrics[name] = None if None in found else sum(found) / len(found)
+    intervals = {name: eval_common.interval(np.mean([s[name] for s in samples], axis=0)) for name in DENOMINATORS}
+    versions = {(split["labels_version"] or "unknown").split()[0] for split in splits.values()}
+    if len(versions) > 1 or "unknown" in versions:
+        result["warnings"].append(f"label files: {', '.join(sorted(versions))} (not one official version)")
+    result |= {"denominators": DENOMINATORS, "metrics": metrics, "intervals": intervals, "splits": splits}
+    return result, parts
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--answers", nargs="+", help="one answer file per split")
+    parser.add_argument("--labels", nargs="+", required=True, help="the official question files, in the same order")
+    source.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two files of one split: differences B - A")
+    parser.add_argument("--json", help="file for the result")
+    args = parser.parse_args(argv)
+    if len(args.labels) != len(args.answers or [0]):
+        parser.error("--labels needs one file per file of --answers, or one with --compare")
+    files = [[path] for path in args.compare] if args.compare else [args.answers]
+    scored = [score(paths, args.labels) for paths in files]
+    for result, _ in scored:
+        for name, split in result["splits"].items():
+            print(f"{name} | " + " | ".join(f"{key} {eval_common.show(x)}" for key, x in split["metrics"].items()))
+    eval_common.report(scored, args.json)
+
+
+if __name__ == "__main__":
+    main()
