@@ -30,12 +30,14 @@ import torch
 from tqdm import tqdm
 
 import bunny
+import hub
 import images
 import losses
 import memory
 import packing
+import toy
 from data import MAX_LENGTH, VICUNA, EpochSampler, PairData, Processor, collate, example_loader, find_problems, usable
-from lora import add_lora, lora_modules, save_adapter
+from lora import SPELLINGS, add_lora, lora_modules, save_adapter
 from readers import read_pairs
 from reference import DRIFT_ROWS, ReferenceCache, base_digest, live_reference
 from weights import SOURCES, load_base, load_tokenizer
@@ -66,10 +68,12 @@ def parse_args(argv=None) -> argparse.Namespace:
     g = p.add_argument_group("what")
     g.add_argument("--base", required=True, help=f"toy, {', '.join(SOURCES)}, or a checkpoint folder")
     g.add_argument("--recipe", choices=RECIPES, help="objective and settings of a paper (default mdpo)")
-    g.add_argument("--data", type=Path, help="preference file; formats in readers.py")
+    g.add_argument("--data", help="preference file, folder or hub data set (docs/data.md); default the recipe's own: "
+                   + ", ".join(hub.NAMED))  # fmt: skip
     g.add_argument("--image-root", type=Path, help="folder the image paths start from (default: the data file's)")
     g.add_argument("--weights", type=Path, help="folder of the base's checkpoint, instead of the hub's cache")
     g.add_argument("--vision-weights", type=Path, help="CLIP or SigLIP folder, for layouts without the vision tower")
+    g.add_argument("--adapter-keys", default="hub", choices=SPELLINGS, help="how the adapter's tensors are named")
     g.add_argument("--out", type=Path, help="run folder, must be empty or new (default runs/BASE-RECIPE-SEED)")
     g = p.add_argument_group("objective (default: the recipe's)")
     g.add_argument("--terms", help="which of dpo,copo,ancpo")
@@ -93,6 +97,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     g.add_argument("--seed", type=int, default=0, help="order of the data, m_l, LoRA's A")
     g = p.add_argument_group("data and machine")
     g.add_argument("--max-length", type=int, default=MAX_LENGTH, help="longest prompt + response, image tokens counted")
+    g.add_argument("--cut-long", action="store_true", help="cut the response of a longer example, instead of stopping")
     g.add_argument("--skip-bad", action="store_true", help="leave out rows that cannot be used, instead of stopping")
     g.add_argument("--bunny-template", default="tuned", choices=("tuned", "released"), help="blank before a response")
     g.add_argument("--workers", type=int, default=2, help="processes that prepare pictures")
@@ -110,24 +115,33 @@ def parse_args(argv=None) -> argparse.Namespace:
     g.add_argument("--checkpointing", help="recompute activations of none, full or N layers (default: as few as fit)")
     # the recipe's settings are defaults: a flag that is given wins
     chosen, _ = p.parse_known_args(argv)
-    p.set_defaults(**RECIPES[chosen.recipe or "mdpo"])
+    p.set_defaults(**RECIPES[chosen.recipe or "mdpo"] | (toy.SETTINGS if chosen.base == "toy" else {}))
     args = p.parse_args(argv)
+    if wrong := settle(args):
+        p.error(wrong)
+    return args
+
+
+def settle(args: argparse.Namespace) -> str | None:
+    """Fills in the defaults that depend on other flags; what is wrong with the flags, if anything."""
     args.demo = args.base == "toy" and not args.recipe and not args.data
     args.recipe = args.recipe or "mdpo"
+    if not args.data and args.base != "toy":  # the paper's own run
+        args.data = "pds-dpo" if args.recipe == "pds-dpo" else hub.DEFAULT
+    args.reference = args.reference or ("cached" if args.pack else "live")
+    args.compile = args.pack and torch.cuda.is_available() if args.compile is None else args.compile
     args.terms, args.anchors = args.terms.split(","), args.anchors.split(",")
     for flag, known in (("terms", losses.TERMS), ("anchors", losses.ANCHORS)):
         if unknown := [v for v in getattr(args, flag) if v not in known]:
-            p.error(f"--{flag}: unknown {', '.join(unknown)}; choose from {', '.join(known)}")
-    args.reference = args.reference or ("cached" if args.pack else "live")
-    args.compile = args.pack and torch.cuda.is_available() if args.compile is None else args.compile
-    if args.reference == "cached" and not args.pack:
-        p.error("--reference cached keeps the log-probs of packed rows: add --pack")
-    if not (args.checkpointing in (None, "none", "full") or args.checkpointing.isdigit()):
-        p.error(f"--checkpointing {args.checkpointing}: none, full or a number of layers")
+            return f"--{flag}: unknown {', '.join(unknown)}; choose from {', '.join(known)}"
     for flag in ("epochs", "batch", "micro_batch", "lora_r", "tokens_per_batch"):
         if getattr(args, flag) < 1:
-            p.error(f"--{flag.replace('_', '-')} must be at least 1")
-    return args
+            return f"--{flag.replace('_', '-')} must be at least 1"
+    if args.reference == "cached" and not args.pack:
+        return "--reference cached keeps the log-probs of packed rows: add --pack"
+    if not (args.checkpointing in (None, "none", "full") or args.checkpointing.isdigit()):
+        return f"--checkpointing {args.checkpointing}: none, full or a number of layers"
+    return None
 
 
 # ---- set-up --------------------------------------------------------------------------------------------------------
@@ -145,8 +159,6 @@ def new_run_folder(args: argparse.Namespace) -> Path:
 def load_everything(args: argparse.Namespace, device: torch.device):
     """Model with a fresh adapter, adapter parameters, data set. Data trouble stops here, before anything is written."""
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
-    if not args.data:
-        raise SystemExit("--data FILE is needed (formats: readers.py)")
     pairs, problems = read_pairs(args.data, args.image_root)
     model, folder = load_base(args.base, args.weights, args.vision_weights, dtype, device)
     template = VICUNA
@@ -158,8 +170,8 @@ def load_everything(args: argparse.Namespace, device: torch.device):
     if strategy and not with_image:
         raise SystemExit("dpo-no-image has no pictures: leave copo out of --terms and m_l out of --anchors")
     problems += find_problems(pairs, processor, with_image, strategy, args.max_length)
-    pairs = usable(pairs, problems, args.data, args.skip_bad)
-    data = PairData(pairs, processor, strategy, args.seed, args.crop_every_epoch, with_image)
+    pairs = usable(pairs, problems, args.data, args.skip_bad, args.cut_long)
+    data = PairData(pairs, processor, strategy, args.seed, args.crop_every_epoch, with_image, args.max_length)
     parameters = add_lora(model, args.lora_r, args.lora_alpha, seed=args.seed)
     print(f"{len(pairs)} pairs; LoRA r {args.lora_r} on {len(lora_modules(model))} linears, "
           f"{sum(p.numel() for p in parameters):,} of {sum(p.numel() for p in model.parameters()):,} parameters; "
@@ -282,10 +294,10 @@ def train(args: argparse.Namespace) -> Path:
             bar.update()
             bar.write(line(row, steps))
             if (step + 1) % len(sizes) == 0:
-                save_adapter(model, out / f"epoch-{epoch + 1}", args.base)
+                save_adapter(model, out / f"epoch-{epoch + 1}", args.base, args.adapter_keys)
             if cache and ((step + 1) % len(sizes) == 0 or step + 1 == steps):
                 cache.save()
-    save_adapter(model, out, args.base)
+    save_adapter(model, out, args.base, args.adapter_keys)
     print(f"{out}: adapter_model.safetensors, adapter_config.json, args.json, log.jsonl")
     return out
 
@@ -293,8 +305,6 @@ def train(args: argparse.Namespace) -> Path:
 def main(argv=None) -> None:
     args = parse_args(argv)
     if args.base == "toy":
-        import toy
-
         toy.run(args, train)
     else:
         train(args)
