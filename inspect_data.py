@@ -21,22 +21,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import bunny
+import data
 import hub
 import images
-from data import (
-    IMAGE_TOKEN,
-    MAX_LENGTH,
-    TOO_LONG,
-    VICUNA,
-    EpochSampler,
-    Example,
-    PairData,
-    Processor,
-    example_loader,
-    image_problem,
-    text_problem,
-    token_lengths,
-)
 from readers import Pair, Problem, read_pairs
 from weights import SOURCES, WEIGHTS_VARIABLE, load_tokenizer, read_config, resolve
 
@@ -44,15 +31,13 @@ EXTREME_ASPECT = 5.0  # longer side over shorter; padding to a square then fills
 SMALL_FILES = ("*.json", "tokenizer.model")  # of a base: its config and tokenizer
 
 
-def load_processor(base: str, weights: Path | None) -> Processor:
-    """Tokenizer and picture size of a base, downloading only its small files."""
-    near = Path(os.environ.get(WEIGHTS_VARIABLE, ".")) / base
-    if weights or base not in SOURCES or (near / "config.json").is_file():
-        folder = resolve(base, weights)
-    else:
-        folder = hub.download(SOURCES[base][0], SMALL_FILES, "model")
+def load_processor(base: str) -> data.Processor:
+    """Tokenizer and picture size of a base; of one on the hub only the small files are fetched."""
+    here = base not in SOURCES or (Path(os.environ.get(WEIGHTS_VARIABLE, ".")) / base / "config.json").is_file()
+    folder = resolve(base) if here else hub.download(SOURCES[base][0], SMALL_FILES, "model")
     config = read_config(folder)
-    return Processor(load_tokenizer(folder), config, bunny.TEMPLATE if isinstance(config, bunny.Config) else VICUNA)
+    template = bunny.TEMPLATE if isinstance(config, bunny.Config) else data.VICUNA
+    return data.Processor(load_tokenizer(folder), config, template)
 
 
 # ---- --check -------------------------------------------------------------------------------------------------------
@@ -64,21 +49,18 @@ def word_lengths(pair: Pair) -> tuple[int, int, int]:
 
 def notes(pairs: list[Pair]) -> dict[str, list[Pair]]:
     """What is legal but worth a look: kind -> pairs."""
-    found = defaultdict(list)
-    seen = defaultdict(list)
+    same = defaultdict(list)
     for pair in pairs:
-        if pair.chosen == pair.rejected:
-            found["identical chosen and rejected"].append(pair)
-        if 1 in word_lengths(pair)[1:]:
-            found["one-word response"].append(pair)
-        seen[pair.image, pair.prompt, pair.chosen, pair.rejected].append(pair)
-    for same in seen.values():
-        found["duplicate of an earlier row"] += same[1:]
-    return found
+        same[pair.image, pair.prompt, pair.chosen, pair.rejected].append(pair)
+    return {
+        "identical chosen and rejected": [p for p in pairs if p.chosen == p.rejected],
+        "one-word response": [p for p in pairs if 1 in word_lengths(p)[1:]],
+        "duplicate of an earlier row": [p for group in same.values() for p in group[1:]],
+    }
 
 
 def scan_picture(pair: Pair, strategy: str | None) -> tuple[Problem | None, tuple[int, int] | None]:
-    if problem := image_problem(pair, strategy):
+    if problem := data.image_problem(pair, strategy):
         return problem, None
     with Image.open(images.readable(pair.image)) as image:
         return None, image.size
@@ -87,18 +69,18 @@ def scan_picture(pair: Pair, strategy: str | None) -> tuple[Problem | None, tupl
 def where(file: str, items: list, limit: int = 3) -> str:
     """file:row:id of the first few pairs or problems."""
     more = [f"... {len(items) - limit} more"] if len(items) > limit else []
-    detail = [f" ({i.detail})" if isinstance(i, Problem) and i.detail else "" for i in items[:limit]]
-    return "; ".join([f"{file}:{i.row}:{i.id}{d}" for i, d in zip(items[:limit], detail, strict=True)] + more)
+    details = (f" ({i.detail})" if isinstance(i, Problem) and i.detail else "" for i in items)
+    return "; ".join([f"{file}:{i.row}:{i.id}{d}" for i, d in zip(items[:limit], details, strict=False)] + more)
 
 
-def check(args: argparse.Namespace, pairs: list[Pair], problems: list[Problem], processor: Processor | None) -> None:
-    """Prints everything there is to know; exit status 1 if a row cannot be used."""
-    special, longest = (processor.special_texts, args.max_length) if processor else ([IMAGE_TOKEN], float("inf"))
-    lengths = [
-        token_lengths(p, processor) if processor else word_lengths(p) for p in tqdm(pairs, "texts", disable=None)
-    ]
-    found = [text_problem(p, n, special, longest) for p, n in zip(pairs, lengths, strict=True)]
-    good = [p for p, problem in zip(pairs, found, strict=True) if problem is None or problem.reason == TOO_LONG]
+def check(args, pairs: list[Pair], problems: list[Problem], processor: data.Processor | None) -> None:
+    """Prints everything there is to know; exit status 1 if a row cannot be used. Without a base lengths are in words,
+    so nothing is too long, and of special tokens only <image> is known."""
+    special, longest = (processor.special_texts, args.max_length) if processor else ([data.IMAGE_TOKEN], float("inf"))
+    length = (lambda p: data.token_lengths(p, processor)) if processor else word_lengths
+    lengths = [length(p) for p in tqdm(pairs, "texts", disable=None)]
+    found = [data.text_problem(p, n, special, longest) for p, n in zip(pairs, lengths, strict=True)]
+    good = [p for p, problem in zip(pairs, found, strict=True) if problem is None or problem.reason == data.TOO_LONG]
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter lock
         scans = pool.map(lambda p: scan_picture(p, args.rejected_image), good)
         scans = list(tqdm(scans, "pictures", len(good), disable=None))
@@ -151,32 +133,32 @@ def as_picture(x: Tensor, spec: images.ImageSpec) -> Image.Image:
     return Image.fromarray((x * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy())  # (S, S, 3)
 
 
-def prompt_text(ids: list[int], processor: Processor) -> str:
+def prompt_text(ids: list[int], processor: data.Processor) -> str:
     """Prompt ids -> text, with the run of image placeholders as one word."""
     image_id, tokenizer = processor.config.image_id, processor.tokenizer
     first, n = ids.index(image_id), ids.count(image_id)
     before, after = (tokenizer.decode(part, skip_special_tokens=False) for part in (ids[:first], ids[first + n :]))
-    return f"{before} [{n} x {IMAGE_TOKEN}] {after!r}"
+    return f"{before} [{n} x {data.IMAGE_TOKEN}] {after!r}"
 
 
-def show(args: argparse.Namespace, pairs: list[Pair], processor: Processor) -> None:
+def show(args: argparse.Namespace, pairs: list[Pair], processor: data.Processor) -> None:
     """Prints the first rows and writes their pictures, m_w beside m_l, to one PNG."""
-    strategy = args.rejected_image
-    data = PairData(pairs, processor, strategy, args.seed)
-    shown: list[Example] = []
+    strategy, size = args.rejected_image, processor.template.image.size
+    examples = data.PairData(pairs, processor, strategy, args.seed)
+    shown: list[data.Example] = []
     for index, pair in enumerate(pairs[: args.show]):
-        lengths = token_lengths(pair, processor)
-        problem = text_problem(pair, lengths, processor.special_texts, args.max_length) or image_problem(pair, strategy)
+        lengths = data.token_lengths(pair, processor)
+        problem = data.text_problem(pair, lengths, processor.special_texts, args.max_length)
+        problem = problem or data.image_problem(pair, strategy)
         print(
-            f"\nrow {pair.row}, id {pair.id}, {pair.image if isinstance(pair.image, Path) else 'picture in the file'}"
+            f"\nrow {pair.row}, id {pair.id}, picture {pair.image if isinstance(pair.image, Path) else 'in the file'}"
         )
         if problem:
             print(f"  cannot be used: {problem.reason} {problem.detail}")
             continue
-        example = data[0, index]
+        example = examples[0, index]
         shown.append(example)
         w, h = images.open_image(pair.image).size
-        size = processor.template.image.size
         print(f"  m_w {w}x{h} -> {size}x{size}; m_l by {strategy!r}, seed {args.seed}, epoch 0")
         print(f"  prompt    {lengths[0]:5} tokens: {prompt_text(example.prompt.tolist(), processor)}")
         for name in ("chosen", "rejected"):
@@ -188,7 +170,7 @@ def show(args: argparse.Namespace, pairs: list[Pair], processor: Processor) -> N
         print(f"\n{args.out}: m_w and m_l of {len(shown)} rows, as the model sees them; [[ ]] marks the scored span")
 
 
-def write_sheet(examples: list[Example], spec: images.ImageSpec, out: Path) -> None:
+def write_sheet(examples: list[data.Example], spec: images.ImageSpec, out: Path) -> None:
     gap, line = 8, 16
     sheet = Image.new("RGB", (2 * spec.size + 3 * gap, len(examples) * (spec.size + line + gap) + gap), "white")
     draw = ImageDraw.Draw(sheet)
@@ -197,9 +179,7 @@ def write_sheet(examples: list[Example], spec: images.ImageSpec, out: Path) -> N
         for column, name in enumerate(("image", "image_rejected")):
             left = gap + column * (spec.size + gap)
             label = f"{('m_w', 'm_l')[column]}  {example.pair.id}"
-            draw.text(
-                (left, top), label.encode("ascii", "replace").decode(), fill="black"
-            )  # the built-in font's letters
+            draw.text((left, top), label.encode("ascii", "replace").decode(), fill="black")  # the font has no others
             sheet.paste(as_picture(getattr(example, name), spec), (left, top + line))
     sheet.save(out)
 
@@ -207,15 +187,16 @@ def write_sheet(examples: list[Example], spec: images.ImageSpec, out: Path) -> N
 # ---- --time --------------------------------------------------------------------------------------------------------
 
 
-def measure(args: argparse.Namespace, pairs: list[Pair], processor: Processor) -> None:
+def measure(args: argparse.Namespace, pairs: list[Pair], processor: data.Processor) -> None:
     """Pairs per second, two prepared pictures each, out of the loader that training uses."""
-    good = [p for p in pairs if not image_problem(p, args.rejected_image)]
+    good = [p for p in pairs if not data.image_problem(p, args.rejected_image)]
     if not good:
         raise SystemExit(f"{args.data}: no row has a picture that opens")
-    data = PairData(good, processor, args.rejected_image, args.seed)
+    examples = data.PairData(good, processor, args.rejected_image, args.seed)
     n, first = args.pairs, 4 * max(1, args.workers)  # the first wait for the workers to start
-    sampler = EpochSampler(len(data), -(-(n + first) // len(data)), args.seed)
-    for done, _ in enumerate(tqdm(example_loader(data, sampler, args.workers), "pairs", n + first, disable=None), 1):
+    sampler = data.EpochSampler(len(examples), -(-(n + first) // len(examples)), args.seed)
+    loader = data.example_loader(examples, sampler, args.workers)
+    for done, _ in enumerate(tqdm(loader, "pairs", n + first, disable=None), 1):
         if done == first:
             start = time.perf_counter()
         if done == first + n:
@@ -234,10 +215,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     g.add_argument("--show", type=int, metavar="N", help="print the first N rows as the model sees them")
     g.add_argument("--time", action="store_true", help="measure the data loading")
     p.add_argument("--base", help=f"{', '.join(SOURCES)}, or a checkpoint folder")
-    p.add_argument("--weights", type=Path, help="folder of the base's checkpoint, instead of the hub's cache")
     p.add_argument("--image-root", type=Path, help="folder the image paths start from (default: the data file's)")
     p.add_argument("--rejected-image", default="crop", choices=images.STRATEGIES, help="how m_l is made from m_w")
-    p.add_argument("--max-length", type=int, default=MAX_LENGTH, help="longest prompt + response, image tokens counted")
+    p.add_argument("--max-length", type=int, default=data.MAX_LENGTH, help="prompt + response, image tokens counted")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--workers", type=int, default=2, help="processes that prepare pictures (--time)")
     p.add_argument("--pairs", type=int, default=300, help="how many are timed (--time)")
@@ -250,10 +230,10 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def main(argv=None) -> None:
     args = parse_args(argv)
-    processor = load_processor(args.base, args.weights) if args.base else None
+    processor = load_processor(args.base) if args.base else None
     pairs, problems = read_pairs(args.data, args.image_root)
     if args.check:
         return check(args, pairs, problems, processor)
     if problems:
         print(f"{len(problems)} rows cannot be read, the first: {where(args.data, sorted(problems), 1)}")
-    show(args, pairs, processor) if args.show else measure(args, pairs, processor)
+    measure(args, pairs, processor) if args.time else show(args, pairs, processor)

@@ -191,6 +191,9 @@ def test_cut_long_cuts_responses_only_and_counts(capsys):
     assert example.prompt.tolist() == PROCESSOR.prompt_ids(long.prompt)
     assert example.chosen.tolist() == ids(" " + "x" * 49)  # 50 ids; the text does not end here: no EOS
     assert example.rejected.tolist() == ids(" No") + [2]
+    # a long response hides no broken picture, since it can be mended
+    found = find_problems([replace(long, image=b"GIF89a")], PROCESSOR, max_length=length + 50)
+    assert [p.reason for p in found] == ["too long", "broken image"]
     # a prompt that leaves no room cannot be mended by cutting
     problems = find_problems([long], PROCESSOR, max_length=length)
     with pytest.raises(SystemExit, match="1 prompt too long"):

@@ -80,7 +80,8 @@ def test_offline_and_not_cached_is_one_sentence(name, cache):
 @pytest.mark.parametrize("pack, archive", [(zipped, "merged.zip"), (tarred, "merged.tar.gz")], ids=["zip", "tar.gz"])
 def test_mdpo_10k_is_joined_by_file_stem(pack, archive, cache, capsys):
     put(cache, "fwnlp/mDPO-preference-data", {"vlfeedback_llava_10k.json": json.dumps(MDPO).encode()})
-    names = [f"merged_images/pic-{i}.png" for i in range(1, 200)] + ["merged_images/unused.png", "../escape/pic-0.png"]
+    names = [f"merged_images/pic-{i}.png" for i in range(1, 200)]
+    names += ["merged_images/unused.png", "../../../escape/pic-0.png"]
     put(cache, "MMInstruction/VLFeedback", {archive: pack(names), "vlfeedback_80k.jsonl": b"{}"})
     pairs, problems = read_pairs("mdpo-10k")
     assert [p.row for p in pairs] == list(range(2, 201)) and not problems  # 199 of 200: row 1 has no picture
