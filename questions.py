@@ -31,7 +31,7 @@ from readers import BadRow, bare_question, place
 POPE_SUFFIX = "\nAnswer the question using a single word or phrase."
 AMBER_SUFFIX = "\nAnswer with one word, Yes or No."
 ADDED = ("answer", "n_tokens", "finish")  # what an answers row has more than its question
-PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"}
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"}
 
 
 # ---- reading: questions, and answers that were begun ---------------------------------------------------------------
@@ -120,13 +120,13 @@ OFFICIAL = {  # benchmark: {sha256, or git's hash of the blob: version}, where t
     "objhal": ({
         "e89c705f3cdebc35b7863878e059c88a97506767b87ad17014d58428ce6547a7": "RLHF-V",
         "cb8e15a81a1ddf720f306fda0decefb1ed80c31f": "RLHF-V",
-    }, "eval/data/obj_halbench_300_with_image.jsonl of github.com/RLHF-V/RLHF-V (300 rows, 63.5 MB)", "written here"),
+    }, "eval/data/obj_halbench_300_with_image.jsonl of github.com/RLHF-V/RLHF-V (300 rows, 63.5 MB)", "beside it"),
     "amber-generative": ({
         "b7e4c36596126ee36d2c3922638b7fa98743c26efda78fea2315f4425258d087": "AMBER 534babf6",
-    }, "data/query/query_generative.json of github.com/junyangwang0410/AMBER (1,004 rows)", "see AMBER's README"),
+    }, "data/query/query_generative.json of github.com/junyangwang0410/AMBER (1,004 rows)", "see its README"),
     "amber-discriminative": ({
         "1502887ac020f4bb7ea564af4e37bddcb030d61b78490d00f9da492a2307abb8": "AMBER 534babf6",
-    }, "data/query/query_discriminative.json of github.com/junyangwang0410/AMBER (14,216 rows)", "see AMBER's README"),
+    }, "data/query/query_discriminative.json of github.com/junyangwang0410/AMBER (14,216 rows)", "see its README"),
     "pope": (eval_pope.VERSIONS, "output/coco/coco_pope_{random,popular,adversarial}.json of github.com/RUCAIBox/POPE "
              "(3,000 rows each; the older ones: its commit e3e3926)", "COCO val2014 (cocodataset.org)"),
     "mmhal": ({
@@ -188,15 +188,14 @@ def make(benchmark: str, file: Path, strict: bool) -> list[dict]:
             raise SystemExit(f"{row['_where']}: no {e}; is this the file of {benchmark}?") from None
         except (TypeError, ValueError) as e:  # not base64, not a picture, not a number
             raise SystemExit(f"{row['_where']}: cannot be used ({e}); is the download complete?") from None
-    eval_common.check_unique([row["id"] for row in rows], found, "id")
     return rows
 
 
 def folder(root: Path, prompt: str) -> list[dict]:
     """One row for each picture file below root, by name."""
-    files = sorted(f.relative_to(root).as_posix() for f in root.rglob("*") if f.suffix.lower() in PICTURE_SUFFIXES)
+    files = sorted(f.relative_to(root).as_posix() for f in root.rglob("*") if f.suffix.lower() in SUFFIXES)
     if not files:
-        raise SystemExit(f"{root}: no pictures ({', '.join(sorted(PICTURE_SUFFIXES))}) in this folder")
+        raise SystemExit(f"{root}: no pictures ({', '.join(sorted(SUFFIXES))}) in this folder")
     return [{"id": name, "image": name, "prompt": prompt, "source": "folder"} for name in files]
 
 
@@ -219,7 +218,7 @@ def main(argv=None) -> None:
             (args.out.parent / "images").mkdir(parents=True, exist_ok=True)
             (args.out.parent / row["image"]).write_bytes(picture)
     write_rows(args.out, rows)
-    print(f"{args.out}: {len(rows)} questions. Pictures: {pictures}; their folder is generate.py's --image-root")
+    print(f"{args.out}: {len(rows)} questions. Their pictures: {pictures} (a folder elsewhere is --image-root)")
 
 
 if __name__ == "__main__":
