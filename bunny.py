@@ -1,11 +1,11 @@
 """Bunny-v1.0-3B by hand, the mDPO paper's second base: SigLIP so400m -> two-layer projector -> Phi-2.
 
 Assembled like LLaVA (model.py) with the same three seams; only the tower and the block differ.
-  SigLIP: no class token, no pre-LN, tanh GELU, a bias on the patch convolution, 384 px in patches of 14 (6 px left over)
+  SigLIP: no class token, no pre-LN, tanh GELU, a bias on the patch convolution, 384 px in patches of 14 (6 left over)
   Phi-2:  one LayerNorm feeds attention and MLP side by side, biases everywhere but on the head, rotary on 32 of 80 dims
 
 Deviations from the released mDPO code
-1. Its trainer tokenizes a response without the blank that Bunny was tuned with ("ASSISTANT:The"). Here the blank is kept
+1. Its trainer tokenizes a response without the blank that Bunny was tuned with ("ASSISTANT:The"). Here it is kept
    (`TEMPLATE`); `TEMPLATE_RELEASED` reproduces the release (`train.py --bunny-template released`).
 2. The checkpoint's own vision tensors are used; the release ignores them and loads SigLIP from its own repository.
 """
@@ -131,6 +131,7 @@ class PhiBlock(nn.Module):
 
 class Bunny(LLaVA):
     lora_targets = ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2")
+    lora_spelling = "original"  # its code has no other
 
     def __init__(self, config: Config):
         nn.Module.__init__(self)

@@ -49,7 +49,7 @@ from weights import (
     read_tensor,
     resolve,
     unused_layer,
-)  # fmt: skip
+)
 
 SHARD_BYTES = 5 * 10**9
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # safetensors' words
@@ -208,9 +208,8 @@ def write_llava_files(folder: Path, out: Path, c: Config, dtype: torch.dtype) ->
         multimodal_projector_bias=True, vision_feature_layer=v.feature_layer, vision_feature_select_strategy="default",
         tie_word_embeddings=False, torch_dtype=str(dtype).removeprefix("torch."),
     ))  # fmt: skip
-    ids = dict(bos_token_id=c.bos_id, eos_token_id=c.eos_id, pad_token_id=c.pad_id)
-    write_json(out / "generation_config.json", {"_from_model_config": True, **ids})
-    spec = VICUNA.image
+    spec, ids = VICUNA.image, dict(bos_token_id=c.bos_id, eos_token_id=c.eos_id, pad_token_id=c.pad_id)
+    write_json(out / "generation_config.json", ids)
     write_json(out / "preprocessor_config.json", dict(
         image_processor_type="LlavaImageProcessor", processor_class="LlavaProcessor", do_pad=True, do_center_crop=False,
         do_convert_rgb=True, do_resize=True, size={"shortest_edge": v.image_size}, resample=3, crop_size=size,
@@ -260,8 +259,11 @@ def copy_bunny_files(folder: Path, out: Path, dtype: torch.dtype) -> None:
 def prompts(args: argparse.Namespace) -> list[tuple[Image.Image, str, str]]:
     """(picture, question, answer) of the check."""
     if args.data:
-        pairs, _ = read_pairs(args.data, args.image_root)
-        return [(images.open_image(p.image), p.prompt, p.chosen) for p in pairs if p.image][:4]
+        pairs = [p for p in read_pairs(args.data, args.image_root)[0] if p.image][:4]
+        try:
+            return [(images.open_image(p.image), p.prompt, p.chosen) for p in pairs]
+        except ValueError as e:
+            raise SystemExit(f"{args.data}: the picture of one of its first four pairs: {e}") from None
     gradient = Image.linear_gradient("L")
     turned = [gradient.rotate(90 * i).resize((320, 160 + 80 * i)) for i in range(len(PROMPTS))]
     drawn = [Image.merge("RGB", (t, t.point(lambda x: 128), t.point(lambda x: 255 - x))) for t in turned]
@@ -315,8 +317,10 @@ def compare(name: str, a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> fl
 def export(args: argparse.Namespace) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folder, out = resolve(args.base, args.weights), args.out
-    if out.exists():
-        raise SystemExit(f"{out}: exists already; an export never overwrites")
+    part = out.with_name(out.name + ".part")
+    for there in (out, part):  # the latter is left by a killed export
+        if there.exists():
+            raise SystemExit(f"{there}: exists already; an export never overwrites")
     stored, _ = checkpoint_tensors(folder, args.vision_weights)
     own = read_tensor(stored["language_model.norm.weight"]).dtype
     dtype = getattr(torch, args.dtype) if args.dtype else own
@@ -330,7 +334,6 @@ def export(args: argparse.Namespace) -> None:
         compare("adapter against base", expected, base)
     del model  # the merged one needs its room
     c = config if isinstance(config, bunny.Config) else with_image_rows(config)
-    part = out.with_name(out.name + ".part")
     part.mkdir(parents=True)
     try:
         write_weights(part, stored, args.adapter, c, dtype)

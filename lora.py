@@ -121,8 +121,12 @@ def adapter_state(model: nn.Module, spelling: str = "hub") -> dict[str, Tensor]:
     return state
 
 
-def save_adapter(model: nn.Module, folder: Path, base: str, spelling: str = "hub") -> None:
-    """Writes adapter_model.safetensors and adapter_config.json as PEFT does, then reads them back and compares."""
+def save_adapter(model: nn.Module, folder: Path, base: str, spelling: str | None = None) -> None:
+    """Writes adapter_model.safetensors and adapter_config.json as PEFT does, then reads them back and compares.
+
+    spelling: of SPELLINGS; by default the one that other code for this base reads.
+    """
+    spelling = spelling or getattr(model, "lora_spelling", "hub")
     folder.mkdir(parents=True, exist_ok=True)
     state = adapter_state(model, spelling)
     targets = sorted({name.rpartition(".")[2] for name in lora_modules(model)})

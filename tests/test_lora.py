@@ -246,7 +246,7 @@ def test_bunny_round_trip(tmp_path):
     ours, again = load_model(folder), load_model(folder)
     fill(add_lora(ours, r=4))
     assert len(lora_modules(ours)) == 3 * 6
-    save_adapter(ours, tmp_path / "a", "bunny", "original")
+    save_adapter(ours, tmp_path / "a", "bunny")
     load_adapter(again, tmp_path / "a")
     ids, images = batch(image_id=-200)[0], torch.randn(2, 3, 44, 44, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
