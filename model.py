@@ -1,7 +1,7 @@
 """LLaVA-1.5 by hand: CLIP ViT-L/14-336 -> two-layer projector -> Llama decoder.
 
-    images (B, 3, S, S) -> VisionTower -> (B, N, Cv) -> mm_projector -> (B, N, C) --scatter--+
-    input_ids (B, T), N image placeholders per picture already in it -> embed_tokens (B, T, C) -> Decoder -> (B, T, C) -> lm_head
+    images (B, 3, S, S) -> VisionTower (B, N, Cv) -> mm_projector (B, N, C) --scatter--+
+    input_ids (B, T) with N placeholders per picture -> embed_tokens (B, T, C) --------+-> Decoder (B, T, C) -> lm_head
 
 The data expands `<image>` to N placeholder ids, the model only writes features over them: it never changes a length.
 Three seams let other files go faster without a second decoder:
@@ -72,8 +72,8 @@ BASES = {
     "llava-1.5-7b": Config(),
     "llava-1.5-13b": Config(width=5120, layers=40, heads=40, kv_heads=40, ffn=13824),
     "toy": Config(  # the world of toy.py: 64 px pictures, 16 patches, a vocabulary of words
-        vision=VisionConfig(width=96, layers=4, heads=4, ffn=384, image_size=64, patch=16),
-        vocab=256, width=128, layers=3, heads=4, kv_heads=4, ffn=344, image_id=254, pad_id=255,
+        vision=VisionConfig(width=64, layers=4, heads=4, ffn=256, image_size=64, patch=16),
+        vocab=128, width=96, layers=3, heads=4, kv_heads=4, ffn=256, image_id=126, pad_id=127,
     ),
 }  # fmt: skip
 
@@ -269,7 +269,7 @@ class LLaVA(nn.Module):
 
     def hidden(self, input_ids: Tensor, images: Tensor | None, positions: Tensor | None = None,
                attend: Attend | list[Attend] = causal) -> Tensor:  # fmt: skip
-        """Final hidden states (B, T, C), after the last norm, before the head; images None: no placeholder, no tower."""
+        """Final hidden states (B, T, C), after the last norm, before the head; images None: no tower is run."""
         if positions is None:
             positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]  # (1, T)
         features = None if images is None else self.image_features(images)

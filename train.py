@@ -5,7 +5,7 @@
 
 Files to read for one step, in order: train.py (loop) -> data.py (Batch) -> losses.py (plain_logps, mdpo_terms) ->
 model.py (forward) -> lora.py (the reference is the model with its adapter off). Everything fast is switched on in
-`plain_or_fast` and `reference_cache` and lives in files of its own.
+`plain_or_fast`, `reference_cache` and `fit_in_memory`; it lives in packing.py and fused.py.
 
 Deviations from the papers and their released code
 1. The last, smaller batch of an epoch is used and averaged over what it holds; the release drops it.
@@ -33,13 +33,11 @@ import bunny
 import hub
 import images
 import losses
-import memory
 import packing
 import toy
 from data import MAX_LENGTH, VICUNA, EpochSampler, PairData, Processor, collate, example_loader, find_problems, usable
-from lora import SPELLINGS, add_lora, lora_modules, save_adapter
+from lora import SPELLINGS, add_lora, lora_disabled, lora_modules, save_adapter
 from readers import read_pairs
-from reference import DRIFT_ROWS, ReferenceCache, base_digest, live_reference
 from weights import SOURCES, load_base, load_tokenizer
 
 # mDPO 4.1 gives lr, epochs, batch, schedule, warm-up, beta, delta, LoRA; its release adds AdamW's numbers and clipping.
@@ -49,6 +47,7 @@ MDPO = dict(
     lora_r=64, lora_alpha=128.0,  # mDPO 4.1
     adam_beta2=0.98, weight_decay=0.05, clip=1.0,  # mDPO release, config.yaml
 )  # fmt: skip
+GIB = 2**30
 RECIPES = {
     "mdpo": MDPO,
     "dpo": MDPO | dict(terms="dpo"),  # mDPO 4.1: "the same training process, data, and hyper-parameters"
@@ -102,7 +101,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     g.add_argument("--bunny-template", default="tuned", choices=("tuned", "released"), help="blank before a response")
     g.add_argument("--workers", type=int, default=2, help="processes that prepare pictures")
     g.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the base (default bfloat16 on CUDA)")
-    g = p.add_argument_group("speed (packing.py, fused.py, reference.py, memory.py)")
+    g = p.add_argument_group("speed (packing.py, fused.py)")
     g.add_argument(
         "--pack", default=torch.cuda.is_available(), action=yes_no, help="shared-prefix rows without padding"
     )
@@ -191,13 +190,58 @@ def plain_or_fast(args: argparse.Namespace, model):
     return partial(packing.split_by_tokens, budget=args.tokens_per_batch), packing.pack, packing.packed_logps
 
 
-def reference_cache(args: argparse.Namespace, model, data: PairData, out: Path) -> ReferenceCache:
+def reference_cache(args: argparse.Namespace, model, data: PairData, out: Path) -> packing.ReferenceCache:
     template = data.processor.template
-    key = {"base weights": base_digest(model), "template": repr(template), "image preparation": repr(template.image),
+    key = {"base weights": packing.base_digest(model), "template": repr(template),
+           "image preparation": repr(template.image),
            "rejected image": str(data.strategy), "seed": str(args.seed), "dtype": str(model.lm_head.weight.dtype),
            "torch": torch.__version__, "kernel": "varlen" if torch.cuda.is_available() else "spans",
            "compile": str(args.compile), "head": "float32", "pictures": str(data.with_image)}  # fmt: skip
-    return ReferenceCache(args.reference_file or out / "reference.json", key, data)
+    return packing.ReferenceCache(args.reference_file or out / "reference.json", key, data)
+
+
+def fit_in_memory(args, model, parameters, data: PairData, split, make_batch, score, autocast) -> None:
+    """Prints where the memory goes and, on CUDA, runs one policy step on the longest batch: out of memory now or never.
+
+    Sets how many layers recompute their activations: --checkpointing, else as few as fit.
+    """
+    trained = sum(p.numel() * p.element_size() for p in parameters) / GIB
+    frozen = sum(p.numel() * p.element_size() for p in model.parameters()) / GIB - trained
+    print(f"memory: frozen weights {frozen:.2f}, adapter and its gradients {2 * trained:.2f}, AdamW's state "
+          f"{2 * trained:.2f} GiB; activations on top")  # fmt: skip
+    layers, device = len(model.language_model.layers), model.lm_head.weight.device
+    given = {None: None, "none": 0, "full": layers}.get(args.checkpointing, args.checkpointing)
+    if device.type != "cuda":
+        model.language_model.checkpointed = int(given or 0)
+        return
+    by_length = sorted(range(len(data)), key=lambda i: len(data.pairs[i].chosen) + len(data.pairs[i].rejected))
+    longest = split([data[(0, i)] for i in by_length[-8:]])[0]
+    batch, total = make_batch(longest).to(device), torch.cuda.mem_get_info()[1] / GIB
+    for recomputed in [layers * i // 4 for i in range(5)] if given is None else [int(given)]:
+        model.language_model.checkpointed = recomputed
+        torch.cuda.reset_peak_memory_stats()
+        try:
+            with autocast:
+                sum(logps.sum() for logps in score(model, batch) if logps is not None).backward()
+            peak = peak_gib(device) + 2 * trained
+        except torch.cuda.OutOfMemoryError:
+            peak = math.inf
+        for p in parameters:
+            p.grad = None
+        torch.cuda.empty_cache()
+        print(f"memory: trial step, {sum(map(packing.tokens_of, longest)):,} tokens, {recomputed} of {layers} layers "
+              f"recomputed: peak {peak:.1f} of {total:.1f} GiB")  # fmt: skip
+        if peak < 0.95 * total:
+            return
+    raise SystemExit("the longest batch does not fit in memory: give a smaller --tokens-per-batch (or --micro-batch), "
+                     "a smaller --max-length, or --checkpointing full")  # fmt: skip
+
+
+@torch.no_grad()
+def live_reference(model, batch, score) -> losses.Logps:
+    """log pi_ref: the same weights with the adapter off, one more pass."""
+    with lora_disabled(model):
+        return score(model, batch)
 
 
 def lr_at(step: int, total: int, warmup: float, peak: float) -> float:
@@ -211,9 +255,9 @@ def lr_at(step: int, total: int, warmup: float, peak: float) -> float:
 def peak_gib(device: torch.device) -> float:
     """Largest memory so far: allocated on the GPU, or resident in this process."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
+        return torch.cuda.max_memory_allocated() / GIB
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB here
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
 
 
 LINE = ("step", "loss", "losses/dpo", "losses/copo", "losses/ancpo", "rewards/margins", "rewards/image_margins",
@@ -242,11 +286,7 @@ def train(args: argparse.Namespace) -> Path:
     autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
     split, make_batch, score = plain_or_fast(args, model)
     cache = reference_cache(args, model, data, out) if args.reference == "cached" else None
-    if device.type == "cuda" or args.checkpointing:
-        longest = split(memory.longest_examples(data))[0]
-        with autocast:
-            memory.prepare(model, score, make_batch(longest).to(device), sum(map(packing.tokens_of, longest)),
-                           parameters, args.checkpointing)  # fmt: skip
+    fit_in_memory(args, model, parameters, data, split, make_batch, score, autocast)
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, args.adam_beta2), weight_decay=args.weight_decay)
 
     sizes = [args.batch] * (len(data) // args.batch) + [len(data) % args.batch] * (len(data) % args.batch > 0)
@@ -262,7 +302,7 @@ def train(args: argparse.Namespace) -> Path:
             if cache and step == len(sizes):  # from the second epoch on, rows are packed differently
                 with autocast:
                     cache.check_drift(
-                        model, split([data[(1, i)] for i in range(min(DRIFT_ROWS, len(data)))]), args.beta
+                        model, split([data[(1, i)] for i in range(min(packing.DRIFT_ROWS, len(data)))]), args.beta
                     )
             sums = defaultdict(float)
             for micro in split(list(islice(examples, size))):
@@ -271,7 +311,7 @@ def train(args: argparse.Namespace) -> Path:
                     if cache:
                         reference = cache.reference(model, batch, micro, epoch)
                     else:
-                        reference = live_reference(model, batch, score)  # the same weights with the adapter off
+                        reference = live_reference(model, batch, score)
                     policy = score(model, batch)
                 r = losses.rewards(policy, reference, args.beta)
                 terms = losses.mdpo_terms(r, args.delta, args.terms, args.anchors)  # each (B,)

@@ -12,12 +12,14 @@ import json
 import os
 import pickle
 import re
+import struct
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers
+from tokenizers.models import BPE
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -118,10 +120,6 @@ def read_json(file: Path) -> dict:
     return value
 
 
-def rope_theta(text: dict) -> float:
-    return text.get("rope_theta") or (text.get("rope_parameters") or {}).get("rope_theta") or 10000.0
-
-
 def vision_config(v: dict, defaults: VisionConfig, feature_layer: int = -2) -> VisionConfig:
     v = v.get("vision_config", v)  # a full CLIP or SigLIP config has it one level down
     d = defaults
@@ -148,13 +146,11 @@ def read_config(folder: Path, vision: Path | None = None) -> Config | bunny.Conf
     heads = t.get("num_attention_heads", d.heads)
     unsupported = {
         "hidden_act": t.get("hidden_act", "silu") != "silu",
-        "projector": c.get("projector_hidden_act", "gelu") != "gelu"
-        or c.get("mm_projector_type", "mlp2x_gelu") != "mlp2x_gelu",
+        "projector": c.get("mm_projector_type", c.get("projector_hidden_act", "gelu")) not in ("gelu", "mlp2x_gelu"),
         "vision hidden_act": v.get("vision_config", v).get("hidden_act", "quick_gelu") != "quick_gelu",
         "tied embeddings": bool(t.get("tie_word_embeddings", False)) and bool(c.get("tie_word_embeddings", False)),
         "attention_bias": t.get("attention_bias", False),
-        "head_dim": (t.get("head_dim") or t.get("hidden_size", d.width) // heads)
-        != t.get("hidden_size", d.width) // heads,
+        "head_dim": t.get("head_dim") not in (None, t.get("hidden_size", d.width) // heads),
         "rope scaling": rope.get("rope_type", rope.get("type", "default")) != "default",
         "image start and end tokens": c.get("mm_use_im_start_end", False),
         "several feature layers": not isinstance(feature_layer, int),
@@ -162,13 +158,12 @@ def read_config(folder: Path, vision: Path | None = None) -> Config | bunny.Conf
         or c.get("mm_vision_select_feature", "patch") != "patch",
     }  # fmt: skip
     if any(unsupported.values()):
-        raise SystemExit(
-            f"{folder}/config.json: not a LLaVA-1.5: {', '.join(k for k, bad in unsupported.items() if bad)}"
-        )
+        wrong = ", ".join(k for k, bad in unsupported.items() if bad)
+        raise SystemExit(f"{folder}/config.json: not a LLaVA-1.5: {wrong}")
     return Config(
         vision_config(v, d.vision, feature_layer), t.get("vocab_size", 32000), t.get("hidden_size", d.width),
         t.get("num_hidden_layers", d.layers), heads, t.get("num_key_value_heads") or heads,
-        t.get("intermediate_size", d.ffn), t.get("rms_norm_eps", 1e-6), rope_theta(t),
+        t.get("intermediate_size", d.ffn), t.get("rms_norm_eps", 1e-6), t.get("rope_theta", rope.get("rope_theta", 1e4)),
         # the original has no row for <image>: its own placeholder index
         image_id=-200 if original else c.get("image_token_index", c.get("image_token_id", d.image_id)),
         pad_id=c.get("pad_token_id") or 0,  # any row will do: padding is masked
@@ -178,11 +173,9 @@ def read_config(folder: Path, vision: Path | None = None) -> Config | bunny.Conf
 
 def vision_folder(folder: Path, vision: Path | None) -> Path | None:
     """Where the vision tower's weights are, for layouts that keep them in a folder of their own."""
-    if vision:
-        return vision
     name = read_json(folder / "config.json").get("mm_vision_tower")
-    if not name:
-        return None
+    if vision or not name:
+        return vision
     for near in (Path(name), folder / Path(name).name, folder.parent / Path(name).name):
         if (near / "config.json").is_file():
             return near
@@ -270,9 +263,7 @@ def index_tensors(folder: Path) -> dict[str, Stored]:
     if isinstance(listed, dict):
         absent = [name for name, file in listed.items() if (name, file) not in found]
         if absent:
-            raise SystemExit(
-                f"{folder}: the index lists {len(absent)} tensors its files do not have: {', '.join(absent[:10])}"
-            )
+            raise SystemExit(f"{folder}: {len(absent)} tensors of the index are in no file: {', '.join(absent[:10])}")
     names = [name for name, _ in found]
     tables = [table for telltale, table in LAYOUTS.values() if any(n.startswith(telltale) for n in names)]
     if not tables:
@@ -280,9 +271,7 @@ def index_tensors(folder: Path) -> dict[str, Stored]:
                          f"Layouts known: {', '.join(LAYOUTS)}")  # fmt: skip
     tensors = {our_name(name, tables[0]): Stored(file, name, shape) for (name, file), shape in found.items()}
     if len(tensors) < len(found):
-        raise SystemExit(
-            f"{folder}: {len(found) - len(tensors)} tensors are there twice, under two names or in two files"
-        )
+        raise SystemExit(f"{folder}: {len(found) - len(tensors)} tensors are there twice, by two names or in two files")
     return tensors
 
 
@@ -338,7 +327,73 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     if (folder / "tokenizer.json").is_file():
         return Tokenizer.from_file(str(folder / "tokenizer.json"))
     if (folder / "tokenizer.model").is_file():
-        from sentencepiece_bpe import read_sentencepiece
-
         return read_sentencepiece(folder / "tokenizer.model")
     raise SystemExit(f"{folder}: no tokenizer.json and no tokenizer.model")
+
+
+# The original LLaVA ships a sentencepiece BPE as a protobuf. Fields read: ModelProto.pieces = 1 {piece = 1, score = 2,
+# type = 3}, ModelProto.normalizer_spec = 3 {add_dummy_prefix = 3}. Sentencepiece merges the neighbours whose joint
+# piece has the highest score: the merges are all splits of every piece into two, ordered by the score of the whole.
+NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
+
+
+def varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[at]
+        value |= (byte & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 0x80:
+            return value, at
+
+
+def fields(data: bytes):
+    """(field number, value) of one protobuf message; value is an int, or raw bytes."""
+    at = 0
+    while at < len(data):
+        tag, at = varint(data, at)
+        kind = tag & 7
+        if kind == 0:
+            value, at = varint(data, at)
+        else:
+            if kind == 2:
+                size, at = varint(data, at)
+            else:
+                size = {1: 8, 5: 4}[kind]
+            value, at = data[at : at + size], at + size
+        yield tag >> 3, value
+
+
+def read_sentencepiece(file: Path) -> Tokenizer:
+    pieces, dummy_prefix = [], True
+    try:
+        for number, value in fields(file.read_bytes()):
+            if number == 1:
+                f = dict(fields(value))
+                pieces.append((f[1].decode(), struct.unpack("<f", f[2])[0] if 2 in f else 0.0, f.get(3, NORMAL)))
+            elif number == 3:
+                dummy_prefix = bool(dict(fields(value)).get(3, 1))
+    except (IndexError, KeyError, UnicodeDecodeError, struct.error) as e:
+        raise SystemExit(f"{file}: not a sentencepiece model ({type(e).__name__}: {e})") from None
+    kinds = {kind for _, _, kind in pieces}
+    if BYTE not in kinds or UNKNOWN not in kinds:
+        raise SystemExit(f"{file}: a sentencepiece model without byte fallback or <unk>; Llama's BPE has both")
+
+    vocab = {piece: i for i, (piece, _, _) in enumerate(pieces)}
+    splits = []
+    for piece, score, kind in pieces:
+        if kind == NORMAL:
+            pairs = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
+            splits += [(-score, vocab[a], vocab[b], a, b) for a, b in pairs if a in vocab and b in vocab]
+    merges = [(a, b) for *_, a, b in sorted(splits)]
+    unknown = next(piece for piece, _, kind in pieces if kind == UNKNOWN)
+    tokenizer = Tokenizer(BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    steps = [normalizers.Prepend("▁")] if dummy_prefix else []
+    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    strip = [decoders.Strip(" ", 1, 0)] if dummy_prefix else []
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    tokenizer.add_special_tokens([AddedToken(p, special=True, normalized=False)
+                                  for p, _, kind in pieces if kind in (UNKNOWN, CONTROL)])  # fmt: skip
+    return tokenizer

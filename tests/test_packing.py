@@ -9,7 +9,6 @@ import torch.nn.functional as F
 import fused
 import losses
 import packing
-import reference
 from data import PairData, Processor, collate
 from lora import add_lora, lora_disabled, lora_modules
 from packing import Span
@@ -230,35 +229,41 @@ def test_compiled_block_compiles_at_most_three_times(world):
 # ---- the cached reference ------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
+def adapter_off(model, batch):
+    with lora_disabled(model):
+        return packing.packed_logps(model, batch)
+
+
 def test_cached_reference_equals_live(world, tmp_path):
     model, data, _ = world
     examples = [data[(0, i)] for i in range(4)]
     batch = packing.pack(examples)
-    live = reference.live_reference(model, batch, packing.packed_logps)
-    cache = reference.ReferenceCache(tmp_path / "r.json", {"seed": "0"}, data)
+    live = adapter_off(model, batch)
+    cache = packing.ReferenceCache(tmp_path / "r.json", {"seed": "0"}, data)
     for _ in range(2):  # scored, then looked up
         for a, b in zip(cache.reference(model, batch, examples, 0), live, strict=True):
             assert torch.equal(a, b)
     # epoch 1 has other crops: texts from the cache, m_l scored in a row of its own
     examples = [data[(1, i)] for i in range(4)]
     batch = packing.pack(examples)
-    live = reference.live_reference(model, batch, packing.packed_logps)
+    live = adapter_off(model, batch)
     for a, b in zip(cache.reference(model, batch, examples, 1), live, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_cache_scores_each_text_once(world, monkeypatch):
     model, data, _ = world
-    calls = []
-    monkeypatch.setattr(reference, "packed_logps", lambda m, b: calls.append(b.which) or packing.packed_logps(m, b))
-    cache = reference.ReferenceCache(None, {}, data)
+    calls, score = [], packing.packed_logps
+    monkeypatch.setattr(packing, "packed_logps", lambda m, b: calls.append(b.which) or score(m, b))
+    cache = packing.ReferenceCache(None, {}, data)
     for epoch in (0, 1, 1):
         examples = [data[(epoch, 0)]]
         cache.reference(model, packing.pack(examples), examples, epoch)
     assert calls == [losses.Logps._fields, ("image_rejected",)]  # everything, then epoch 1's crop, then nothing
     data.fresh_every_epoch = False
     calls.clear()
-    cache = reference.ReferenceCache(None, {}, data)
+    cache = packing.ReferenceCache(None, {}, data)
     for epoch in (0, 1, 2):
         examples = [data[(epoch, 0)]]
         cache.reference(model, packing.pack(examples), examples, epoch)
@@ -268,31 +273,31 @@ def test_cache_scores_each_text_once(world, monkeypatch):
 def test_stale_cache_names_the_field_and_edited_rows_are_scored_anew(world, tmp_path, capsys):
     model, data, _ = world
     file = tmp_path / "r.json"
-    cache = reference.ReferenceCache(file, {"base weights": "a", "seed": "0"}, data)
+    cache = packing.ReferenceCache(file, {"base weights": "a", "seed": "0"}, data)
     examples = [data[(0, 0)]]
     cache.reference(model, packing.pack(examples), examples, 0)
     cache.save()
-    again = reference.ReferenceCache(file, {"base weights": "a", "seed": "0"}, data)
+    again = packing.ReferenceCache(file, {"base weights": "a", "seed": "0"}, data)
     assert again.text == cache.text and "1 of 5 rows known" in capsys.readouterr().out
-    other = reference.ReferenceCache(file, {"base weights": "b", "seed": "0"}, data)
+    other = packing.ReferenceCache(file, {"base weights": "b", "seed": "0"}, data)
     assert not other.text and "another base weights" in capsys.readouterr().out
     pair = data.pairs[0]
-    assert reference.row_digest(pair) != reference.row_digest(pair.__class__(**vars(pair) | {"chosen": "Else."}))
+    assert packing.row_digest(pair) != packing.row_digest(pair.__class__(**vars(pair) | {"chosen": "Else."}))
 
 
 def test_base_digest_sees_one_changed_weight_but_not_the_adapter(world):
     model, _, parameters = world
-    before = reference.base_digest(model)
+    before = packing.base_digest(model)
     with torch.no_grad():
         parameters[0].add_(1.0)
-    assert reference.base_digest(model) == before
+    assert packing.base_digest(model) == before
     model.lm_head.weight.data[3, 3] += 1e-3
-    assert reference.base_digest(model) != before
+    assert packing.base_digest(model) != before
 
 
 def test_drift_check_stops_a_reference_that_does_not_repeat(world, capsys):
     model, data, _ = world
-    cache = reference.ReferenceCache(None, {}, data)
+    cache = packing.ReferenceCache(None, {}, data)
     examples = [data[(0, i)] for i in range(5)]
     cache.reference(model, packing.pack(examples), examples, 0)
     cache.check_drift(model, [examples[:2], examples[2:]], beta=0.1)

@@ -15,8 +15,7 @@ from tiny_models import EOS_ID, IMAGE_ID, LAYOUTS, PAD_ID, batch, llava, write_h
 from tokenizers import Tokenizer
 
 from model import Config
-from sentencepiece_bpe import read_sentencepiece
-from weights import load_base, load_model, read_config, resolve
+from weights import load_base, load_model, read_config, read_sentencepiece, resolve
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +155,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2\nsize 4
     (lambda f: truncate(f / "config.json"), r"config\.json: not readable as JSON"),
     (lambda f: (f / "config.json").write_text("[1]"), r"config\.json: holds a list"),
     (lambda f: (f / "model.safetensors.index.json").unlink(), "no weights"),
-    (lambda f: edit(f, drop="layers.1.mlp"), r"lists 2 tensors its files do not have: language_model\.model"),
+    (lambda f: edit(f, drop="layers.1.mlp"), r"2 tensors of the index are in no file: language_model\.model"),
     (lambda f: edit(f, add={"language_model.model.layers.7.extra": torch.ones(2)}),
      r"1 unexpected: language_model\.model\.layers\.7\.extra"),
     (lambda f: edit(f, reshape="pre_layrnorm.weight"),
