@@ -79,7 +79,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     g.add_argument("--anchors", help="what AncPO holds: w (chosen, above delta), l and m_l (below it)")
     g.add_argument("--beta", type=float, help="temperature of the rewards")
     g.add_argument("--delta", type=float, help="anchor, outside beta")
-    g.add_argument("--rejected-image", default="crop", choices=images.STRATEGIES, help="how m_l is made from m_w")
+    g.add_argument("--rejected-image", choices=images.STRATEGIES,
+                   help="how m_l is made from m_w (default: given where all rows bring one, else crop)")  # fmt: skip
     g.add_argument("--crop-every-epoch", default=True, action=yes_no, help="draw m_l anew each epoch, else epoch 0's")
     g = p.add_argument_group("optimisation (default: the recipe's)")
     g.add_argument("--lr", type=float, help="peak learning rate")
@@ -165,6 +166,11 @@ def load_everything(args: argparse.Namespace, device: torch.device):
         template = bunny.TEMPLATE if args.bunny_template == "tuned" else bunny.TEMPLATE_RELEASED
     processor = Processor(load_tokenizer(folder), model.config, template)
     with_image = args.recipe != "dpo-no-image"
+    given = sum(pair.image_rejected is not None for pair in pairs)
+    if args.rejected_image is None:
+        args.rejected_image = "given" if given == len(pairs) else "crop"
+        if 0 < given < len(pairs):
+            print(f"{args.data}: only {given} of {len(pairs)} rows bring a rejected image; all get a crop instead")
     strategy = args.rejected_image if losses.needs_image_rejected(args.terms, args.anchors) else None
     if strategy and not with_image:
         raise SystemExit("dpo-no-image has no pictures: leave copo out of --terms and m_l out of --anchors")
@@ -196,7 +202,8 @@ def reference_cache(args: argparse.Namespace, model, data: PairData, out: Path) 
            "image preparation": repr(template.image),
            "rejected image": str(data.strategy), "seed": str(args.seed), "dtype": str(model.lm_head.weight.dtype),
            "torch": torch.__version__, "kernel": "varlen" if torch.cuda.is_available() else "spans",
-           "compile": str(args.compile), "head": "float32", "pictures": str(data.with_image)}  # fmt: skip
+           "compile": str(args.compile), "head": "float32",
+           "cut at": str(args.cut_long and args.max_length), "pictures": str(data.with_image)}  # fmt: skip
     return packing.ReferenceCache(args.reference_file or out / "reference.json", key, data)
 
 

@@ -92,12 +92,12 @@ def resolve(base: str, weights: Path | None = None) -> Path:
 def from_hub(repository: str, size: str) -> Path:
     """The hub's files of a repository, downloaded if need be: resumable, only what is read here."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HTTPError
 
     print(f"weights: {repository} ({size}), from the cache or the hub")
     try:
         return Path(snapshot_download(repository, allow_patterns=HUB_FILES))
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as e:
+    except (OSError, HTTPError) as e:
         raise SystemExit(
             f"{repository} ({size}) is not complete in the cache and could not be fetched ({type(e).__name__}: "
             f"{str(e).splitlines()[0]}). Run `hf download {repository}` where there is a network, or give its folder "
@@ -163,7 +163,8 @@ def read_config(folder: Path, vision: Path | None = None) -> Config | bunny.Conf
     return Config(
         vision_config(v, d.vision, feature_layer), t.get("vocab_size", 32000), t.get("hidden_size", d.width),
         t.get("num_hidden_layers", d.layers), heads, t.get("num_key_value_heads") or heads,
-        t.get("intermediate_size", d.ffn), t.get("rms_norm_eps", 1e-6), t.get("rope_theta", rope.get("rope_theta", 1e4)),
+        t.get("intermediate_size", d.ffn), t.get("rms_norm_eps", 1e-6),
+        t.get("rope_theta", rope.get("rope_theta", 1e4)),
         # the original has no row for <image>: its own placeholder index
         image_id=-200 if original else c.get("image_token_index", c.get("image_token_id", d.image_id)),
         pad_id=c.get("pad_token_id") or 0,  # any row will do: padding is masked
@@ -267,8 +268,7 @@ def index_tensors(folder: Path) -> dict[str, Stored]:
     names = [name for name, _ in found]
     tables = [table for telltale, table in LAYOUTS.values() if any(n.startswith(telltale) for n in names)]
     if not tables:
-        raise SystemExit(f"{folder}: unknown layout; its tensors begin with {', '.join(names[:3])}. "
-                         f"Layouts known: {', '.join(LAYOUTS)}")  # fmt: skip
+        raise SystemExit(f"{folder}: unknown layout, tensors like {names[:1]}. Layouts known: {', '.join(LAYOUTS)}")
     tensors = {our_name(name, tables[0]): Stored(file, name, shape) for (name, file), shape in found.items()}
     if len(tensors) < len(found):
         raise SystemExit(f"{folder}: {len(found) - len(tensors)} tensors are there twice, by two names or in two files")

@@ -124,6 +124,20 @@ def test_only_recipes_that_look_at_m_l_draw_one(tiny_base, pairs_file, tmp_path,
     assert len(calls) == drawn
 
 
+def test_a_rejected_image_in_the_data_is_used(tiny_base, pairs_file, tmp_path):
+    rows = json.loads(pairs_file.read_text())
+    args = ["--base", str(tiny_base), "--out", str(tmp_path), "--data"]
+    for missing, expected in ((None, "given"), (2, "crop")):
+        for i, row in enumerate(rows):
+            row["image_rejected"] = None if i == missing else rows[i - 1]["image"]
+        file = pairs_file.parent / "own.json"
+        file.write_text(json.dumps(rows))
+        data = train.load_everything(train.parse_args([*args, str(file)]), torch.device("cpu"))[2]
+        assert data.strategy == expected
+        if expected == "given":
+            assert torch.equal(data[(0, 1)].image_rejected, data[(0, 0)].image)
+
+
 def test_learning_rate_by_hand():
     # 10 steps, 2 of warm-up: 0, 1/2, then cosine over 8: at 2 the peak, at 6 half of it, at 10 zero
     lr = [train.lr_at(step, 10, 0.2, 1.0) for step in range(10)]
@@ -136,7 +150,7 @@ def test_recipes_are_the_papers():
     a = train.parse_args(["--base", "llava-1.5-7b"])
     assert (a.lr, a.epochs, a.batch, a.warmup, a.beta, a.delta, a.lora_r, a.lora_alpha) == (
         1e-5, 3, 32, 0.1, 0.1, 0.0, 64, 128.0)  # fmt: skip
-    assert a.terms == ["dpo", "copo", "ancpo"] and a.anchors == ["w"] and a.rejected_image == "crop"
+    assert a.terms == ["dpo", "copo", "ancpo"] and a.anchors == ["w"] and a.rejected_image is None
     assert (a.adam_beta2, a.weight_decay, a.clip) == (0.98, 0.05, 1.0)
     p = train.parse_args(["--base", "llava-1.5-7b", "--recipe", "pds-dpo"])
     assert (p.terms, p.epochs, p.batch, p.lr, p.lora_r, p.lora_alpha) == (["dpo"], 2, 8, 1e-5, 128, 256.0)

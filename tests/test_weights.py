@@ -155,6 +155,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2\nsize 4
     (lambda f: truncate(f / "config.json"), r"config\.json: not readable as JSON"),
     (lambda f: (f / "config.json").write_text("[1]"), r"config\.json: holds a list"),
     (lambda f: (f / "model.safetensors.index.json").unlink(), "no weights"),
+    (lambda f: (f / "model.safetensors.index.json").write_text("{}"), r"unknown layout, tensors like \[\]"),
     (lambda f: edit(f, drop="layers.1.mlp"), r"2 tensors of the index are in no file: language_model\.model"),
     (lambda f: edit(f, add={"language_model.model.layers.7.extra": torch.ones(2)}),
      r"1 unexpected: language_model\.model\.layers\.7\.extra"),
