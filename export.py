@@ -34,22 +34,11 @@ from tqdm import tqdm
 import bunny
 import images
 import losses
+import weights
 from data import VICUNA, Processor, pad_rows
 from lora import load_adapter, read_adapter, scaling_of
 from model import Config
 from readers import SYSTEM, read_pairs
-from weights import (
-    IGNORED,
-    SOURCES,
-    Stored,
-    checkpoint_tensors,
-    load_model,
-    load_tokenizer,
-    read_json,
-    read_tensor,
-    resolve,
-    unused_layer,
-)
 
 SHARD_BYTES = 5 * 10**9
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # safetensors' words
@@ -90,7 +79,7 @@ PROMPTS = [  # with a drawn picture each; --data takes the first pairs of a pref
 
 def parse_args(argv=None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--base", required=True, help=f"{', '.join(SOURCES)}, or a checkpoint folder")
+    p.add_argument("--base", required=True, help=f"{', '.join(weights.SOURCES)}, or a checkpoint folder")
     p.add_argument("--weights", type=Path, help="folder of the base's checkpoint, instead of the hub's cache")
     p.add_argument("--vision-weights", type=Path, help="CLIP or SigLIP folder, for layouts without the vision tower")
     p.add_argument("--adapter", type=Path, help="run folder or PEFT folder; none: only the layout changes")
@@ -152,12 +141,12 @@ def write_shards(folder: Path, shapes: dict[str, tuple], dtype: torch.dtype, ten
     write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": table})
 
 
-def write_weights(out: Path, stored: dict[str, Stored], adapter: Path | None, c: Config, dtype: torch.dtype) -> None:
+def write_weights(out: Path, stored: dict, adapter: Path | None, c: Config, dtype: torch.dtype) -> None:
     """Every tensor of the base, those with an adapter merged: W + s B A in float32, then cast. `c`: what is written."""
     table = BUNNY if isinstance(c, bunny.Config) else HUB
-    kept = [n for n in stored if not IGNORED.search(n) or n.startswith("vision_tower.post_layernorm.")]
+    kept = [n for n in stored if not weights.IGNORED.search(n) or n.startswith("vision_tower.post_layernorm.")]
     if table is BUNNY:  # its layout ends with the last layer that runs
-        kept = [n for n in kept if not unused_layer(n, c.vision.layers_run)]
+        kept = [n for n in kept if not weights.unused_layer(n, c.vision.layers_run)]
     ours = {export_name(n, table): n for n in kept}
     grown = ("language_model.embed_tokens.weight", "lm_head.weight")
     shapes = {name: (c.vocab, c.width) if n in grown else stored[n].shape for name, n in ours.items()}
@@ -166,7 +155,7 @@ def write_weights(out: Path, stored: dict[str, Stored], adapter: Path | None, c:
 
     def tensor(name: str) -> Tensor:
         module = ours[name].removesuffix(".weight")
-        t = read_tensor(stored[ours[name]], torch.float32)
+        t = weights.read_tensor(stored[ours[name]], torch.float32)
         if f"{module}.lora_A" in adapter:
             t += scaling * (adapter[f"{module}.lora_B"].float() @ adapter[f"{module}.lora_A"].float())  # (out, in)
         if len(t) < shapes[name][0]:
@@ -225,16 +214,15 @@ def write_llava_files(folder: Path, out: Path, c: Config, dtype: torch.dtype) ->
 
 
 def write_tokenizer(folder: Path, out: Path, c: Config) -> None:
-    tokenizer = load_tokenizer(folder)
+    tokenizer = weights.load_tokenizer(folder)
     new = [t for t in ("<image>", "<pad>") if tokenizer.token_to_id(t) is None]
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in new])
     image_id = tokenizer.token_to_id("<image>")
     if image_id != c.image_id:
         raise SystemExit(f"{folder}: <image> is {image_id} in the tokenizer and {c.image_id} in config.json")
     bos, eos, pad = (tokenizer.id_to_token(i) for i in (c.bos_id, c.eos_id, c.pad_id))
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, c.bos_id)]
-    )
+    special = [(bos, c.bos_id)]
+    tokenizer.post_processor = processors.TemplateProcessing(f"{bos} $A", f"{bos} $A {bos} $B", special)
     tokenizer.save(str(out / "tokenizer.json"))
     # the fast class reads tokenizer.json as it is; LlamaTokenizer may rebuild it with another rule for blanks
     write_json(out / "tokenizer_config.json", dict(
@@ -249,7 +237,7 @@ def copy_bunny_files(folder: Path, out: Path, dtype: torch.dtype) -> None:
     for file in folder.iterdir():
         if file.is_file() and file.suffix not in (".safetensors", ".bin") and not file.name.endswith(".index.json"):
             shutil.copyfile(file, out / file.name)
-    config = read_json(folder / "config.json") | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    config = weights.read_json(folder / "config.json") | {"torch_dtype": str(dtype).removeprefix("torch.")}
     write_json(out / "config.json", config)
 
 
@@ -296,7 +284,7 @@ def float32_arithmetic(model: nn.Module):
 def answers(model, folder: Path, asked: list, vocab: int) -> tuple[Tensor, Tensor]:
     """Logits (positions that predict an answer token, V) and log-probs (B,) of the answers, over `vocab` rows."""
     template, device = bunny.TEMPLATE if isinstance(model, bunny.Bunny) else VICUNA, model.lm_head.weight.device
-    processor = Processor(load_tokenizer(folder), model.config, template)
+    processor = Processor(weights.load_tokenizer(folder), model.config, template)
     ids = [[torch.tensor(processor.prompt_ids(q)) for _, q, _ in asked],
            [torch.tensor(processor.response_ids(a)) for _, _, a in asked]]  # fmt: skip
     tokens = pad_rows(*ids, model.config.pad_id)
@@ -316,16 +304,16 @@ def compare(name: str, a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> fl
 
 def export(args: argparse.Namespace) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    folder, out = resolve(args.base, args.weights), args.out
+    folder, out = weights.resolve(args.base, args.weights), args.out
     part = out.with_name(out.name + ".part")
     for there in (out, part):  # the latter is left by a killed export
         if there.exists():
             raise SystemExit(f"{there}: exists already; an export never overwrites")
-    stored, _ = checkpoint_tensors(folder, args.vision_weights)
-    own = read_tensor(stored["language_model.norm.weight"]).dtype
+    stored, _ = weights.checkpoint_tensors(folder, args.vision_weights)
+    own = weights.read_tensor(stored["language_model.norm.weight"]).dtype
     dtype = getattr(torch, args.dtype) if args.dtype else own
     asked = prompts(args)
-    model = load_model(folder, args.vision_weights, own, device)
+    model = weights.load_model(folder, args.vision_weights, own, device)
     config = model.config
     expected = base = answers(model, folder, asked, config.vocab)
     if args.adapter:
@@ -341,7 +329,7 @@ def export(args: argparse.Namespace) -> None:
             copy_bunny_files(folder, part, dtype)
         else:
             write_llava_files(folder, part, c, dtype)
-        found = answers(load_model(part, None, dtype, device), part, asked, config.vocab)
+        found = answers(weights.load_model(part, None, dtype, device), part, asked, config.vocab)
         bound = MAX_DIFFERENCE[dtype] if args.max_difference is None else args.max_difference
         difference = compare(f"written as {DTYPES[dtype]} against what it was made from", found, expected)
         if not difference <= bound:
