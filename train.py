@@ -72,7 +72,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     g.add_argument("--image-root", type=Path, help="folder the image paths start from (default: the data file's)")
     g.add_argument("--weights", type=Path, help="folder of the base's checkpoint, instead of the hub's cache")
     g.add_argument("--vision-weights", type=Path, help="CLIP or SigLIP folder, for layouts without the vision tower")
-    g.add_argument("--adapter-keys", default="hub", choices=SPELLINGS, help="how the adapter's tensors are named")
+    g.add_argument("--adapter-keys", choices=SPELLINGS, help="names of the adapter's tensors (default: the base's hub)")
     g.add_argument("--out", type=Path, help="run folder, must be empty or new (default runs/BASE-RECIPE-SEED)")
     g = p.add_argument_group("objective (default: the recipe's)")
     g.add_argument("--terms", help="which of dpo,copo,ancpo")
@@ -291,6 +291,7 @@ def train(args: argparse.Namespace) -> Path:
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     (out / "args.json").write_text(json.dumps(settings, indent=2) + "\n")
     autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+    repository = SOURCES.get(args.base, (args.base,))[0]  # what PEFT looks for beside the adapter
     split, make_batch, score = plain_or_fast(args, model)
     cache = reference_cache(args, model, data, out) if args.reference == "cached" else None
     fit_in_memory(args, model, parameters, data, split, make_batch, score, autocast)
@@ -341,10 +342,10 @@ def train(args: argparse.Namespace) -> Path:
             bar.update()
             bar.write(line(row, steps))
             if (step + 1) % len(sizes) == 0:
-                save_adapter(model, out / f"epoch-{epoch + 1}", args.base, args.adapter_keys)
+                save_adapter(model, out / f"epoch-{epoch + 1}", repository, args.adapter_keys)
             if cache and ((step + 1) % len(sizes) == 0 or step + 1 == steps):
                 cache.save()
-    save_adapter(model, out, args.base, args.adapter_keys)
+    save_adapter(model, out, repository, args.adapter_keys)
     print(f"{out}: adapter_model.safetensors, adapter_config.json, args.json, log.jsonl")
     return out
 
