@@ -186,13 +186,33 @@ def test_answers_rows_and_settings(asked, capsys):
     generate.main(args)
     answers = read(out)
     assert [{k: v for k, v in a.items() if k not in ("answer", "n_tokens", "finish")} for a in answers] == rows
-    assert all((a["finish"] == "length") <= (a["n_tokens"] == 6) for a in answers)
     settings = json.loads(out.with_suffix(".settings.json").read_text())
     assert settings["decoding"] == {"method": "greedy"} and settings["seed"] is None
     assert settings["image_mode"] == "pad" and settings["max_new_tokens"] == 6 and settings["adapter_sha256"] is None
     assert settings["template"].startswith("BOS A chat between") and settings["torch"] == torch.__version__
     assert settings["template"].endswith("USER: <image>\n{prompt} ASSISTANT:")
     assert "6 answers, 6 of them new" in capsys.readouterr().out
+
+
+def test_how_an_answer_ended_and_its_length(asked, monkeypatch):
+    """The end token counts, and is what tells an ended answer from one that was cut."""
+    _, args, out = asked
+    monkeypatch.setattr(generate, "generate", lambda model, prompts, *rest: [[70, EOS], [70, 71], [EOS]] * 2)
+    generate.main(args)
+    found = sorted((a["n_tokens"], a["finish"]) for a in read(out))
+    assert found == [(1, "eos")] * 2 + [(2, "eos")] * 2 + [(2, "length")] * 2
+    assert sum(a["answer"] == "" for a in read(out)) == 2  # the end token alone
+
+
+def test_image_mode_reaches_the_pictures(asked):
+    _, args, _ = asked
+    picture = Image.new("RGB", (40, 20), (255, 0, 0))
+    padded, cut = (
+        generate.load_processor(generate.parse_args([*args, "--image-mode", mode])).prepare(picture)
+        for mode in ("pad", "crop")
+    )
+    assert padded[0, 0, 0] < padded[0, 14, 14]  # a row of mean colour above the red
+    assert cut[0, 0, 0] == cut[0, 14, 14]  # all red
 
 
 @pytest.mark.parametrize("more", [[], ["--beams", "3"], ["--temperature", "1", "--top-p", "0.9", "--seed", "5"]])
