@@ -178,3 +178,10 @@ def test_what_was_begun_with_a_broken_line_inside_is_named(tmp_path):
     (tmp_path / "a.settings.json").unlink()
     with pytest.raises(SystemExit, match="a.settings.json: no such file"):
         questions.read_begun(tmp_path / "a.jsonl", {"1": {"id": 1}}, {})
+
+
+def test_a_question_answered_twice_is_named(tmp_path):
+    (tmp_path / "a.settings.json").write_text("{}")
+    (tmp_path / "a.jsonl").write_text('{"id": 1, "answer": "x"}\n{"id": 1, "answer": "y"}\n')
+    with pytest.raises(SystemExit, match="a.jsonl:2: id 1 is there twice"):
+        questions.read_begun(tmp_path / "a.jsonl", {"1": {"id": 1}}, {})
