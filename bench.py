@@ -263,10 +263,11 @@ def one_setting(args: argparse.Namespace) -> dict:
     }  # fmt: skip
 
 
-def in_a_process(command: list[str]) -> dict:
+def in_a_process(command: list[str]) -> dict | None:
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"failed: {' '.join(command)}\n{done.stderr[-2000:]}")
+    if done.returncode:  # the other rows are still worth having
+        print(f"failed: {' '.join(command)}\n{done.stderr[-2000:]}", file=sys.stderr)
+        return None
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
@@ -293,7 +294,8 @@ def main(argv=None) -> None:
         }
     runs = defaultdict(list)
     for name in tqdm(list(commands) * args.repeats, "settings", disable=None):
-        runs[name].append(in_a_process(commands[name]))
+        if row := in_a_process(commands[name]):
+            runs[name].append(row)
     rows = {
         name: sorted(found, key=lambda r: r["pairs_per_s"])[len(found) // 2] for name, found in runs.items()
     }  # median

@@ -53,7 +53,11 @@ class LoRALinear(nn.Module):
         y = self.base(x)
         if not self.enabled:
             return y
-        update = F.linear(F.linear(x.to(self.lora_A.dtype), self.lora_A), self.lora_B)  # (..., in) -> r -> (..., out)
+        if not torch.is_autocast_enabled(
+            x.device.type
+        ):  # autocast brings A and B to x's dtype; x is shared, not copied
+            x = x.to(self.lora_A.dtype)
+        update = F.linear(F.linear(x, self.lora_A), self.lora_B)  # (..., in) -> (..., r) -> (..., out)
         return y + (self.scaling * update).to(y.dtype)
 
 
