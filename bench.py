@@ -70,7 +70,7 @@ def random_model(config: Config, dtype: torch.dtype, device: torch.device) -> LL
 
 
 def useful_flops(e: Example, model: LLaVA, reference: str) -> float:
-    """FLOPs one step needs for this example; reference: "live", "cached" (m_l only) or "none"."""
+    """FLOPs one step needs for this example; reference: "live", or "cached", of which only m_l's is left."""
     c = model.config
     linears = sum(p.numel() for n, p in model.language_model.named_parameters() if p.dim() == 2 and "lora" not in n)
     linears -= c.vocab * c.width  # the embedding is a look-up
@@ -94,9 +94,7 @@ def useful_flops(e: Example, model: LLaVA, reference: str) -> float:
     total = 2 * frozen + 3 * adapted + 2 * pictures * (tower + projector)  # backward: inputs of all, weights of LoRA
     if reference == "live":
         total += frozen
-    elif reference == "cached" and e.image_rejected is not None:
-        total += forward(("image_rejected",))[0]
-    return total
+    return total + (forward(("image_rejected",))[0] if reference == "cached" else 0)
 
 
 def now(device: torch.device) -> float:
@@ -132,18 +130,17 @@ class Setting:
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, weight_decay=0.05, betas=(0.9, 0.98))
         self.score = packing.packed_logps if pack else losses.plain_logps
         self.make_batch = packing.pack if pack else partial(collate, config=self.model.config)
-        self.terms = losses.TERMS if args.objective == "mdpo" else ("dpo",)
         self.cache = packing.ReferenceCache(None, {}, data) if cached else None
         self.epoch = 0
 
     def split(self, examples: list[Example]) -> list[list[Example]]:
+        size = self.args.micro_batch or 1
         if self.pack and not self.args.micro_batch:
             return packing.split_by_tokens(examples, self.args.tokens_per_batch)
-        size = self.args.micro_batch or 1
         return [examples[i : i + size] for i in range(0, len(examples), size)]
 
-    def step(self, examples: list[Example], clock: Clock) -> float:
-        """One micro-batch as one optimiser step, as the peer does it. Returns the loss."""
+    def step(self, examples: list[Example], clock: Clock) -> None:
+        """One micro-batch as one optimiser step, as the peer does it."""
         clock.mark("before")
         batch = self.make_batch(examples).to(self.device)
         clock.mark("data")
@@ -158,7 +155,9 @@ class Setting:
                 reference = live_reference(self.model, batch, self.score)
             clock.mark("reference")
             policy = self.score(self.model, batch)
-        loss = losses.mdpo_loss(policy, reference, BETA, terms=self.terms).mean()
+        loss = losses.mdpo_loss(
+            policy, reference, BETA, terms=losses.TERMS if self.args.objective == "mdpo" else ("dpo",)
+        ).mean()
         clock.mark("forward")
         loss.backward()
         clock.mark("backward")
@@ -166,40 +165,35 @@ class Setting:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         clock.mark("optimiser")
-        return float(loss.detach())
 
-    def one_pass(self, clock: Clock) -> tuple[float, list[float]]:
-        """Seconds and losses of one pass over the data with its m_l; pictures are prepared outside the clock."""
+    def one_pass(self, clock: Clock) -> float:
+        """Seconds of one pass over the data with its m_l; pictures are prepared outside the clock."""
         examples = [self.data[(self.epoch, i)] for i in range(len(self.data))]
         start = now(self.device)
-        results = [self.step(micro, clock) for micro in self.split(examples)]
+        for micro in self.split(examples):
+            self.step(micro, clock)
         self.epoch += 1
-        return now(self.device) - start, results
+        return now(self.device) - start
 
 
-def measure(name: str, args, data: PairData, device: torch.device, **tricks) -> dict:
-    """Warm-up pass, a pass that scores the reference, `--passes` timed passes, one pass by parts."""
-    setting = Setting(args, data, device, **tricks)
-    silent = Clock(False, device)
-    _, first_losses = setting.one_pass(silent)
-    if setting.cached:
+def measure(setting: Setting, passes: int) -> dict:
+    """A warm-up pass, a pass that scores the reference, the timed passes, one by parts."""
+    data, silent, clock = setting.data, Clock(False, setting.device), Clock(True, setting.device)
+    setting.one_pass(silent)
+    if setting.cache:
         setting.cache = packing.ReferenceCache(None, {}, data)
-    cold, _ = setting.one_pass(silent)
-    timed = [setting.one_pass(silent)[0] for _ in tqdm(range(args.passes), name, disable=None, leave=False)]
-    clock = Clock(True, device)
+    cold = setting.one_pass(silent)
+    seconds = sum(setting.one_pass(silent) for _ in range(passes)) / passes
+    peak = peak_gib(setting.device)
     setting.one_pass(clock)
-    examples = [data[(0, i)] for i in range(len(data))]
-    warm = "none" if args.objective == "dpo" else "cached"
-    flops = [sum(useful_flops(e, setting.model, r) for e in examples) / len(examples)
-             for r in ("live", warm if setting.cached else "live")]  # fmt: skip
-    n, seconds = len(data), sum(timed) / len(timed)
-    three = 3 * n / (cold + 2 * seconds) if setting.cached else n / seconds  # three epochs, the first one scoring all
+    examples, n = [data[(0, i)] for i in range(len(data))], len(data)
+    flops = sum(useful_flops(e, setting.model, "cached" if setting.cache else "live") for e in examples)
+    lengths = [packing.tokens_of(e) for e in examples]
     return {
-        "setting": name, "pairs_per_s": n / seconds, "pairs_per_s_3_epochs": three,
-        "tokens_per_s": sum(packing.tokens_of(e) for e in examples) / seconds,
-        "useful_tflops_per_pair": flops[1] / 1e12, "useful_flops_per_s": flops[1] * n / seconds,
-        "peak_gib": peak_gib(device), "parts_s_per_pair": {p: clock.parts[p] / n for p in PARTS},
-        "losses_of_first_pass": first_losses,
+        "pairs": n, "packed_tokens_per_pair": [min(lengths), sum(lengths) / n, max(lengths)], "peak_gib": peak,
+        "pairs_per_s": n / seconds, "pairs_per_s_3_epochs": 3 * n / (cold + 2 * seconds),
+        "tokens_per_s": sum(lengths) / seconds, "useful_tflop_per_pair": flops / n / 1e12,
+        "useful_flops_per_s": flops / seconds, "parts_s_per_pair": {p: clock.parts[p] / n for p in PARTS},
     }  # fmt: skip
 
 
@@ -252,15 +246,12 @@ def one_setting(args: argparse.Namespace) -> dict:
     tokenizer = Tokenizer.from_file(str(args.tokenizer)) if args.tokenizer else Words()
     config = SHAPES[args.shape]
     data = PairData(kept, Processor(tokenizer, config), "crop" if args.objective == "mdpo" else None)
-    lengths = [packing.tokens_of(data[(0, i)]) for i in range(len(data))]
     card = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     rate = H200 if "H200" in card else matmul_rate(device, getattr(torch, args.dtype))
-    row = measure(args.setting, args, data, device, **settings_of(device.type == "cuda", config.layers)[args.setting])
-    return row | {
-        "utilisation": row["useful_flops_per_s"] / rate, "matmul_flops_per_s": rate, "device": card,
-        "pairs": len(kept), "left_out": len(pairs) + len(problems) - len(kept),
-        "packed_tokens_per_pair": [min(lengths), sum(lengths) / len(lengths), max(lengths)],
-    }  # fmt: skip
+    tricks = settings_of(device.type == "cuda", config.layers)[args.setting]
+    row = measure(Setting(args, data, device, **tricks), args.passes)
+    return row | {"utilisation": row["useful_flops_per_s"] / rate, "matmul_flops_per_s": rate, "device": card,
+                  "left_out": len(pairs) + len(problems) - len(kept)}  # fmt: skip
 
 
 def in_a_process(command: list[str]) -> dict | None:
