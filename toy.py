@@ -286,7 +286,8 @@ def evaluate(world: Path, adapter: Path | None, scenes: list[Scene], seed: int) 
     greedy, drawn = captions(model, processor, scenes), scenes * WORLD["test_samples"]
     grounded, c = grounding(captions(model, processor, drawn, 1.0, seed), drawn)
     chair = chair_scores([mentions(text) for text in greedy], [set(scene.objects) for scene in scenes])
-    return {"CHAIR_s": 100 * chair["chair_s"], "CHAIR_i": 100 * chair["chair_i"], "coverage": 100 * chair["recall"],
+    chair_i = 100 * (chair["chair_i"] or 0.0)  # None: not one object named
+    return {"CHAIR_s": 100 * chair["chair_s"], "CHAIR_i": chair_i, "coverage": 100 * chair["recall"],
             "objects": chair["mean_objects"], "chosen": change, "d'": grounded, "c": c}, greedy  # fmt: skip
 
 
