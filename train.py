@@ -47,10 +47,9 @@ MDPO = dict(
     lora_r=64, lora_alpha=128.0,  # mDPO 4.1
     adam_beta2=0.98, weight_decay=0.05, clip=1.0,  # mDPO release, config.yaml
 )  # fmt: skip
-GIB = 2**30
 RECIPES = {
     "mdpo": MDPO,
-    "dpo": MDPO | dict(terms="dpo"),  # mDPO 4.1: "the same training process, data, and hyper-parameters"
+    "dpo": MDPO | dict(terms="dpo"),  # mDPO 4.1: only the objective differs
     "dpo-no-image": MDPO | dict(terms="dpo"),  # mDPO Fig. 1: picture and <image> left out of training prompts
     "pds-dpo": MDPO | dict(
         terms="dpo", epochs=2, batch=8,  # PDS-DPO paper: 2 epochs, lr 1e-5, 1 x 4 x 2 GPUs
@@ -143,6 +142,8 @@ def settle(args: argparse.Namespace) -> str | None:
         return f"--checkpointing {args.checkpointing}: none, full or a number of layers"
     return None
 
+
+GIB = 2**30
 
 # ---- set-up --------------------------------------------------------------------------------------------------------
 
