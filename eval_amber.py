@@ -14,7 +14,6 @@ Deviations:
 Run: python eval_amber.py --answers amber_g.jsonl amber_d.jsonl --data AMBER/data --tagger DIR --similarity pairs.json
 """
 
-import argparse
 import json
 import re
 from collections.abc import Callable
@@ -26,15 +25,6 @@ from eval_common import Part, ratio
 SCORER = "eval_amber.py 1"
 FORMS = Path(__file__).parent / "assets" / "wordnet_noun_forms.json"
 WORD = re.compile(r"[A-Za-z0-9]+(?:[-./'][A-Za-z0-9]+)*(?<!'s)|'[A-Za-z]+|[^\sA-Za-z0-9]")
-# annotation type -> category in the result
-CATEGORY = {
-    "discriminative-hallucination": "existence",
-    "discriminative-attribute-state": "state",
-    "discriminative-attribute-number": "number",
-    "discriminative-attribute-action": "action",
-    "discriminative-relation": "relation",
-    "relation": "relation",
-}
 DENOMINATORS = {
     "chair": "invented nouns / nouns in AMBER's vocabulary",
     "cover": "named truth entries / all truth entries",
@@ -100,15 +90,18 @@ def load_data(folder: str) -> tuple[list[dict], dict[str, list[str]], set[str]]:
     return annotations, relation, set(eval_common.read_text(Path(folder) / "safe_words.txt").split())
 
 
+def category(annotation: dict) -> str:
+    """generative, existence, state, number, action or relation, from types like discriminative-attribute-state."""
+    return annotation["type"].rpartition("-")[2].replace("hallucination", "existence")
+
+
 def entries(words: list[str], relation: dict[str, list[str]]) -> list[tuple[str, int]]:
     """(word, index of its entry): related words of all entries first, the entries themselves last, as the original."""
     related = [(other, i) for i, word in enumerate(words) for other in relation.get(word, [])]
     return related + [(word, i) for i, word in enumerate(words)]
 
 
-def score_nouns(
-    nouns: list[str], annotation: dict, relation: dict, safe: set[str], similar: Callable
-) -> dict[str, int]:
+def score_nouns(nouns: list[str], annotation: dict, relation: dict, safe: set[str], similar: Callable) -> dict:
     """Counts of one response from its lemmatized nouns (case kept: "Ship" is not in the vocabulary)."""
     vocabulary = set(relation).union(*relation.values())
     nouns = [noun for noun in nouns if noun in vocabulary]
@@ -157,34 +150,33 @@ def first_word(answer: str) -> str:
     return word.capitalize() if word in ("yes", "no") else answer
 
 
-def generative_metrics(s: dict) -> dict:
-    """Sums -> percentages, without the official offsets and rounding (for the intervals); numbers or arrays."""
+def generative_metrics(s: dict, offset: float = 0.0) -> dict:
+    """Sums -> percentages; numbers or arrays. The intervals are without the official offset and rounding."""
     return {
-        "chair": 100 * ratio(s["bad_nouns"], s["nouns"]),
-        "cover": 100 * ratio(s["covered"], s["truth"]),
-        "hal": 100 - 100 * ratio(s["clean"], s["rows"]),
-        "cog": 100 * ratio(s["marked"], s["hallu"]),
+        "chair": 100 * ratio(s["bad_nouns"], s["nouns"] + offset),
+        "cover": 100 * ratio(s["covered"], s["truth"] + offset),
+        "hal": 100 - 100 * ratio(s["clean"], s["rows"] + offset),
+        "cog": 100 * ratio(s["marked"], s["hallu"] + offset),
     }
 
 
-def discriminative_metrics(s: dict) -> dict:
-    precision, recall = ratio(s["right_no"], s["said_no"]), ratio(s["right_no"], s["truth_no"])
+def discriminative_metrics(s: dict, offset: float = 0.0) -> dict:
+    precision, recall = (ratio(s["right_no"], s[name] + offset) for name in ("said_no", "truth_no"))
     return {
-        "accuracy": 100 * ratio(s["right"], s["questions"]),
+        "accuracy": 100 * ratio(s["right"], s["questions"] + offset),
         "precision": 100 * precision,
         "recall": 100 * recall,
         "f1": 100 * ratio(2 * precision * recall, precision + recall),
     }
 
 
+def printed(metrics: dict) -> dict[str, float]:
+    return {name: round(float(value), 1) for name, value in metrics.items()}
+
+
 def generative_table(s: dict[str, int]) -> dict[str, float]:
     """The printed values: every denominator starts at 0.001."""
-    return {
-        "chair": round(s["bad_nouns"] / (s["nouns"] + 0.001) * 100, 1),
-        "cover": round(s["covered"] / (s["truth"] + 0.001) * 100, 1),
-        "hal": round(100 - s["clean"] / (s["rows"] + 0.001) * 100, 1),
-        "cog": round(s["marked"] / (s["hallu"] + 0.001) * 100, 1),
-    }
+    return printed(generative_metrics(s, 0.001))
 
 
 def discriminative_table(rows: list[dict[str, int]], categories: list[str]) -> dict[str, dict[str, float]]:
@@ -196,14 +188,10 @@ def discriminative_table(rows: list[dict[str, int]], categories: list[str]) -> d
         members = [row for row, category in zip(rows, categories, strict=True) if category in group]
         if not members:
             continue
-        s = {key: sum(row[key] for row in members) for key in members[0]}
-        offset = 0.003 if name == "attribute" else 0.001
-        accuracy = round(s["right"] / (s["questions"] + offset) * 100, 1)
-        precision = round(s["right_no"] / (s["said_no"] + offset) * 100, 1)
-        recall = round(s["right_no"] / (s["truth_no"] + offset) * 100, 1)
-        p, r = precision / 100, recall / 100
-        f1 = round(2 * p * r / (p + r + (0.001 if name == "existence" else 0.0001)) * 100, 1)
-        table[name] = {"n": s["questions"], "accuracy": accuracy, "precision": precision, "recall": recall, "f1": f1}
+        row = printed(discriminative_metrics(eval_common.sums(members), 0.003 if name == "attribute" else 0.001))
+        p, r = row["precision"] / 100, row["recall"] / 100
+        row["f1"] = round(2 * p * r / (p + r + (0.001 if name == "existence" else 0.0001)) * 100, 1)
+        table[name] = {"n": len(members), **row}
     return table
 
 
@@ -215,19 +203,19 @@ def read_responses(paths: list[str], annotations: list[dict], partial: bool) -> 
         if not key or not 1 <= int(key) <= len(annotations):
             raise SystemExit(f"{row['_where']}: `id` is {row.get('id')!r}, not one of AMBER's 1 to {len(annotations)}.")
         ids.append(int(key))
-    eval_common.check_unique(ids, rows, "id")
+    answered = eval_common.check_unique(ids, rows, "id")
     kinds = {}
     for row in annotations:
-        kind = CATEGORY.get(row["type"], "generative")
+        kind = category(row)
         kinds.setdefault("attribute" if kind in ("state", "number", "action") else kind, set()).add(row["id"])
-    kinds = {kind: members for kind, members in kinds.items() if members & set(ids)}
+    kinds = {kind: members for kind, members in kinds.items() if members & answered.keys()}
     wanted = set().union(*kinds.values())
-    if wanted - set(ids) and not partial:
+    if (lost := sorted(wanted - answered.keys())) and not partial:
         raise SystemExit(
-            f"{', '.join(paths)}: {len(wanted - set(ids))} of {len(wanted)} ids are not answered, such as "
-            f"{sorted(wanted - set(ids))[:3]}. Answer them, or add --partial to score the rest under that name."
+            f"{', '.join(paths)}: {len(lost)} of {len(wanted)} ids are not answered, such as {lost[:3]}. Answer them, "
+            "or add --partial to score the rest under that name."
         )
-    return dict(sorted(zip(ids, rows, strict=True))), {kind: len(members) for kind, members in kinds.items()}
+    return dict(sorted(answered.items())), {kind: len(members) for kind, members in kinds.items()}
 
 
 def score(paths: list[str], data: tuple, nouns_of: Callable | None, similar: Callable, args) -> tuple[dict, list[Part]]:
@@ -246,8 +234,8 @@ def score(paths: list[str], data: tuple, nouns_of: Callable | None, similar: Cal
         forms = json.loads(FORMS.read_text(encoding="utf-8"))["forms"]
         nouns = {key: [forms.get(n, n) for n in nouns_of(rows[key]["answer"])] for key in described}
         counts = [score_nouns(nouns[key], annotations[key - 1], relation, safe, similar) for key in described]
-        parts.append(Part(described, {name: [c[name] for c in counts] for name in counts[0]}, generative_metrics))
-        result["metrics"] = generative_table({name: sum(column) for name, column in parts[0].columns.items()})
+        parts.append(Part(described, counts, generative_metrics))
+        result["metrics"] = generative_table(eval_common.sums(counts))
         result |= {"similarity": args.similarity, "nouns": args.tagger or "every word (--no-tagger)"}
         result["rows"] = [{"id": key, **c} for key, c in zip(described, counts, strict=True)]
         if args.no_tagger or args.similarity == "exact":
@@ -255,8 +243,8 @@ def score(paths: list[str], data: tuple, nouns_of: Callable | None, similar: Cal
     if asked:
         said = {key: first_word(r["answer"]) if args.yes_no == "first-word" else r["answer"] for key, r in rows.items()}
         counts = [score_answer(said[key], annotations[key - 1]["truth"]) for key in asked]
-        parts.append(Part(asked, {name: [c[name] for c in counts] for name in counts[0]}, discriminative_metrics))
-        table = discriminative_table(counts, [CATEGORY[annotations[key - 1]["type"]] for key in asked])
+        parts.append(Part(asked, counts, discriminative_metrics))
+        table = discriminative_table(counts, [category(annotations[key - 1]) for key in asked])
         neither = sum(c["neither"] for c in counts)
         result["metrics"] |= {name: value for name, value in table["overall"].items() if name != "n"}
         result |= {"categories": table, "n_neither_yes_nor_no": neither}
@@ -273,10 +261,8 @@ def score(paths: list[str], data: tuple, nouns_of: Callable | None, similar: Cal
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--answers", nargs="+", help="answer files, ours or [{id, response}]; their ids say the kind")
-    source.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two answer files: differences B - A")
+    what = "answer files, ours or [{id, response}]; their ids say the kind"
+    parser = eval_common.parser_of(__doc__, "--answers", what, "answer files", nargs="+")
     parser.add_argument("--data", required=True, help="folder of annotations.json, relation.json, safe_words.txt")
     parser.add_argument("--similarity", default="exact", help="exact, or a JSON list of [a, b] pairs above 0.8")
     tagger = parser.add_mutually_exclusive_group()
@@ -284,7 +270,6 @@ def main(argv: list[str] | None = None) -> None:
     tagger.add_argument("--no-tagger", action="store_true", help="every word is a noun; for smoke tests")
     parser.add_argument("--yes-no", default="exact", choices=["exact", "first-word"], help="how Yes and No are read")
     parser.add_argument("--partial", action="store_true", help="score fewer ids than the kind has")
-    parser.add_argument("--json", help="file for the result")
     args = parser.parse_args(argv)
     nouns_of = load_tagger(args.tagger) if args.tagger else every_word if args.no_tagger else None
     data, similar = load_data(args.data), load_similarity(args.similarity)

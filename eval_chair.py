@@ -16,7 +16,6 @@ Run: python eval_chair.py --answers answers.jsonl --annotations coco/annotations
      --protocol objhal [--extractor URL --extractor-model M] [--json result.json]
 """
 
-import argparse
 import json
 import re
 from pathlib import Path
@@ -153,8 +152,8 @@ def load_truth(annotations: str, image_ids: list[int], vocabulary: Vocabulary) -
     for split in ("val2014", "train2014"):
         if known.issuperset(truth):
             break
-        instances = eval_common.read_json(Path(annotations) / f"instances_{split}.json")
-        captions = eval_common.read_json(Path(annotations) / f"captions_{split}.json")
+        files = (f"{annotations}/{kind}_{split}.json" for kind in ("instances", "captions"))
+        instances, captions = map(eval_common.read_json, files)
         known.update(image["id"] for data in (instances, captions) for image in data["images"])
         objects = {category["id"]: category["name"] for category in instances["categories"]}
         for row in instances["annotations"]:
@@ -163,33 +162,33 @@ def load_truth(annotations: str, image_ids: list[int], vocabulary: Vocabulary) -
         for row in captions["annotations"]:
             if row["image_id"] in truth:
                 truth[row["image_id"]].update(node for _, node in text_objects(row["caption"], vocabulary))
-    missing = [image_id for image_id in image_ids if image_id not in known]
-    if missing:
+    if missing := [image_id for image_id in image_ids if image_id not in known]:
         raise SystemExit(f"{annotations}: {len(missing)} answered pictures have no annotations, such as {missing[:3]}.")
     return [truth[image_id] for image_id in image_ids]
 
 
-def chair_counts(mentions: list[list[str]], truth: list[set[str]]) -> dict[str, list[int]]:
-    """One number per caption for every sum the scores are made of. A mention is hallucinated iff it is not in truth."""
-    columns = {
-        name: [] for name in ("rows", "bad_rows", "object_rows", "mentions", "bad_mentions", "truth", "recalled")
+def chair_counts(said: list[str], truth: set[str]) -> dict[str, int]:
+    """A caption's share of every sum the scores are made of. A mention is hallucinated iff it is not in truth."""
+    bad = sum(node not in truth for node in said)
+    return {
+        "n": 1,
+        "n_with_object": int(bool(said)),
+        "n_hallucinated": int(bad > 0),
+        "n_mentions": len(said),
+        "n_hallucinated_mentions": bad,
+        "n_truth": len(truth),
+        "n_recalled": len(truth.intersection(said)),
     }
-    for said, gt in zip(mentions, truth, strict=True):
-        bad = sum(node not in gt for node in said)
-        row = (1, int(bad > 0), int(bool(said)), len(said), bad, len(gt), len(gt.intersection(said)))
-        for column, number in zip(columns.values(), row, strict=True):
-            column.append(number)
-    return columns
 
 
 def chair_metrics(s: dict) -> dict:
     """Sums -> scores; numbers or arrays."""
     return {
-        "chair_s": ratio(s["bad_rows"], s["rows"]),
-        "chair_s_refine": ratio(s["bad_rows"], s["object_rows"]),
-        "chair_i": ratio(s["bad_mentions"], s["mentions"]),
-        "recall": ratio(s["recalled"], s["truth"]),
-        "mean_objects": ratio(s["mentions"], s["rows"]),
+        "chair_s": ratio(s["n_hallucinated"], s["n"]),
+        "chair_s_refine": ratio(s["n_hallucinated"], s["n_with_object"]),
+        "chair_i": ratio(s["n_hallucinated_mentions"], s["n_mentions"]),
+        "recall": ratio(s["n_recalled"], s["n_truth"]),
+        "mean_objects": ratio(s["n_mentions"], s["n"]),
     }
 
 
@@ -199,11 +198,8 @@ def chair_scores(mentions: list[list[str]], truth: list[set[str]]) -> dict:
     Fractions 0..1, None where the denominator is 0. chair_s divides by all captions, chair_s_refine by the captions
     that name at least one object, chair_i by all mentions (pooled over captions), recall by all true objects.
     """
-    columns = chair_counts(mentions, truth)
-    names = {"n": "rows", "n_with_object": "object_rows", "n_hallucinated": "bad_rows", "n_mentions": "mentions"}
-    names |= {"n_hallucinated_mentions": "bad_mentions", "n_truth": "truth", "n_recalled": "recalled"}
-    scores = eval_common.values(Part([], columns, chair_metrics))
-    return scores | {name: sum(columns[column]) for name, column in names.items()}
+    counts = [chair_counts(*pair) for pair in zip(mentions, truth, strict=True)]
+    return eval_common.values(Part([], counts, chair_metrics)) | eval_common.sums(counts)
 
 
 def image_id(row: dict) -> int:
@@ -246,8 +242,8 @@ def score(path: str, replies: str | None, vocabulary: Vocabulary, args) -> tuple
         for row in rows:
             row["answer"] = row["answer"].replace("Assistant:", "").strip()
     if replies:
-        found = extract(rows, ids, replies, args)
-        nouns = [[noun for name in names for noun in phrase_nouns(name, vocabulary)] for names in found]
+        extracted = extract(rows, ids, replies, args)
+        nouns = [[noun for name in names for noun in phrase_nouns(name, vocabulary)] for names in extracted]
         pairs = [noun_objects(said, vocabulary) for said in nouns]
         protocol = f"Object HalBench, objects listed by {args.model or 'saved replies'}"
     else:
@@ -255,7 +251,7 @@ def score(path: str, replies: str | None, vocabulary: Vocabulary, args) -> tuple
         protocol = "CHAIR 2018" if args.protocol == "chair2018" else "Object HalBench, no language model"
     truth = load_truth(args.annotations, ids, vocabulary)
     mentions = [[node for _, node in said] for said in pairs]
-    part = Part(ids, chair_counts(mentions, truth), chair_metrics)
+    part = Part(ids, [chair_counts(*pair) for pair in zip(mentions, truth, strict=True)], chair_metrics)
     result = eval_common.header(SCORER, protocol, [path], rows, 300 if args.protocol == "objhal" else None)
     digest = eval_common.sha256(Path(args.synonyms).read_bytes())
     if digest != OFFICIAL_SYNONYMS[args.protocol]:
@@ -265,24 +261,21 @@ def score(path: str, replies: str | None, vocabulary: Vocabulary, args) -> tuple
         "replies": replies,
         "denominators": DENOMINATORS,
         **eval_common.summary(part),
-        "counts": {name: n for name, n in chair_scores(mentions, truth).items() if name not in DENOMINATORS},
+        "counts": eval_common.sums(part.rows),
         "rows": [{"id": key, "mentions": pairs[i], "truth": sorted(truth[i])} for i, key in enumerate(ids)],
     }
     return result, [part]
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--answers", help="answers.jsonl, an Object HalBench answer file or COCO captions")
-    source.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two answer files: differences B - A")
+    what = "answers.jsonl, an Object HalBench answer file or COCO captions"
+    parser = eval_common.parser_of(__doc__, "--answers", what, "answer files")
     parser.add_argument("--annotations", required=True, help="folder of instances_ and captions_{train,val}2014.json")
     parser.add_argument("--synonyms", required=True, help="synonyms.txt (chair2018) or synonyms_refine.txt (objhal)")
     parser.add_argument("--protocol", required=True, choices=["chair2018", "objhal"])
     parser.add_argument("--extractor", dest="url", help="OpenAI-compatible endpoint, such as http://localhost:8000/v1")
     parser.add_argument("--extractor-model", dest="model", help="name of the model there")
     parser.add_argument("--replies", nargs="+", help="its saved replies, a file per answer file (ANSWERS.replies.json)")
-    parser.add_argument("--json", help="file for the result")
     eval_common.llm_flags(parser)
     args = parser.parse_args(argv)
     paths = args.compare or [args.answers]

@@ -3,10 +3,11 @@
 Not from a paper. Deviations: none. Run: imported by eval_chair.py, eval_pope.py, eval_amber.py and eval_mmhal.py.
 
 Nothing here may shrink a denominator in silence: a row that cannot be read or matched ends the run with the file, the
-row and what to do. A scorer hands over sums per row (`Part`), so that a value, its interval and the paired difference
-of two runs come from one formula.
+row and what to do. A scorer hands over numbers per row (`Part`), so that a value, its interval and the paired
+difference of two runs come from one formula of their sums.
 """
 
+import argparse
 import hashlib
 import http.client
 import json
@@ -86,12 +87,15 @@ def read_answers(path: str | Path) -> list[dict]:
     return rows
 
 
-def check_unique(ids: list, rows: list[dict], name: str) -> None:
-    first = {}
+def check_unique(ids: list, rows: list[dict], name: str) -> dict:
+    """id -> row. SystemExit naming both places if an id is there twice."""
+    found = {}
     for key, row in zip(ids, rows, strict=True):
-        if key in first:
-            raise SystemExit(f"{row['_where']}: {name} {key} was answered at {first[key]} already; keep one of them.")
-        first[key] = row["_where"]
+        if key in found:
+            first = found[key]["_where"]
+            raise SystemExit(f"{row['_where']}: {name} {key} was answered at {first} already; keep one of them.")
+        found[key] = row
+    return found
 
 
 def write_json(path: str | Path, data) -> None:
@@ -102,10 +106,10 @@ def write_json(path: str | Path, data) -> None:
 
 
 class Part(NamedTuple):
-    """Rows that are resampled together: ids, one list of numbers per sum, and the formula from sums to metrics."""
+    """Rows that are resampled together: ids, the numbers of each by name, the formula from their sums to metrics."""
 
     ids: list
-    columns: dict[str, list]
+    rows: list[dict]
     metrics: Callable[[dict], dict]
 
 
@@ -115,17 +119,21 @@ def ratio(a, b):
         return np.where(np.equal(b, 0), np.nan, np.divide(a, b))[()]
 
 
+def sums(rows: list[dict]) -> dict:
+    return {name: sum(row[name] for row in rows) for name in rows[0]}
+
+
 def values(part: Part) -> dict[str, float | None]:
-    metrics = part.metrics({name: sum(column) for name, column in part.columns.items()})
+    metrics = part.metrics(sums(part.rows))
     return {name: None if np.isnan(value) else float(value) for name, value in metrics.items()}
 
 
 def bootstrap(part: Part, seed: int = SEED) -> dict[str, np.ndarray]:
     """Metrics of RESAMPLES draws of n rows with replacement. Equal n and seed draw equal rows: that is the pairing."""
-    table = np.array(list(part.columns.values()), dtype=np.float64)  # (sums, n)
+    table = np.array([list(row.values()) for row in part.rows], dtype=np.float64).T  # (n, sums) -> (sums, n)
     generator, n = np.random.default_rng(seed), table.shape[1]
     draws = [table @ np.bincount(generator.integers(n, size=n), minlength=n) for _ in range(RESAMPLES)]
-    return part.metrics(dict(zip(part.columns, np.array(draws).T, strict=True)))
+    return part.metrics(dict(zip(part.rows[0], np.array(draws).T, strict=True)))
 
 
 def interval(samples: np.ndarray) -> list[float] | None:
@@ -143,9 +151,9 @@ def compare(a: Part, b: Part) -> dict:
     if set(a.ids) != set(b.ids):
         odd = sorted(set(a.ids) ^ set(b.ids), key=str)
         raise SystemExit(f"--compare needs the same questions in A and B; {len(odd)} are in one only: {odd[:3]}.")
-    place = {key: i for i, key in enumerate(b.ids)}
-    b = b._replace(columns={name: [column[place[key]] for key in a.ids] for name, column in b.columns.items()})
-    (va, vb), (sa, sb), result = (values(a), values(b)), (bootstrap(a), bootstrap(b)), {}
+    row_of = dict(zip(b.ids, b.rows, strict=True))
+    b = b._replace(rows=[row_of[key] for key in a.ids])
+    va, vb, sa, sb, result = values(a), values(b), bootstrap(a), bootstrap(b), {}
     for name in va:
         difference = None if None in (va[name], vb[name]) else vb[name] - va[name]
         ends = interval(sb[name] - sa[name])
@@ -291,6 +299,16 @@ def ask_all(requests: dict[str, dict], path: str, check: Callable[[str], object]
         saved[key] = {**_ask(key, requests[key], check, args), **marks[key], "request_model": args.model}
         write_json(path, [saved[key] for key in requests if key in saved])
     return [saved[key] for key in requests]
+
+
+def parser_of(doc: str, source: str, what: str, compared: str, **more) -> argparse.ArgumentParser:
+    """A scorer's flags: its source of answers or --compare of two, and --json."""
+    parser = argparse.ArgumentParser(description=doc.split("\n")[0])
+    either = parser.add_mutually_exclusive_group(required=True)
+    either.add_argument(source, help=what, **more)
+    either.add_argument("--compare", nargs=2, metavar=("A", "B"), help=f"two {compared}: differences B - A")
+    parser.add_argument("--json", help="file for the result")
+    return parser
 
 
 def llm_flags(parser) -> None:

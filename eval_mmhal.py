@@ -15,7 +15,6 @@ Run: python eval_mmhal.py --answers answers.jsonl --template response_template.j
      --prompt can tell (lengths, generation settings, that the reviews belong to them) is null then
 """
 
-import argparse
 import ast
 
 import eval_common
@@ -48,13 +47,10 @@ def mmhal_metrics(s: dict) -> dict:
 
 
 def mmhal_part(scores: list[int]) -> Part:
-    columns = {
-        "rows": [1] * len(scores),
-        "score": scores,
-        "hallucinated": [int(score < 3) for score in scores],
-        "informative": [score - 3 if score >= 3 else score for score in scores],
-    }
-    return Part(list(range(len(scores))), columns, mmhal_metrics)
+    counts = [
+        {"rows": 1, "score": s, "hallucinated": int(s < 3), "informative": s - 3 if s >= 3 else s} for s in scores
+    ]
+    return Part(list(range(len(scores))), counts, mmhal_metrics)
 
 
 def mmhal_scores(scores: list[int]) -> dict:
@@ -152,16 +148,13 @@ def score(path: str, args) -> tuple[dict, list[Part]]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--reviews", help="the judge's replies: written when asking, read when scoring again")
-    source.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two files of reviews: differences B - A")
+    what = "the judge's replies: written when asking, read when scoring again"
+    parser = eval_common.parser_of(__doc__, "--reviews", what, "files of reviews")
     parser.add_argument("--answers", help="answers.jsonl, 96 rows in the template's order, or a filled template")
     parser.add_argument("--template", help="response_template.json of MMHal-Bench")
     parser.add_argument("--prompt", help="your copy of the judge's prompt")
     parser.add_argument("--judge", dest="url", help="OpenAI-compatible endpoint, such as http://localhost:8000/v1")
     parser.add_argument("--judge-model", dest="model", help="name of the model there")
-    parser.add_argument("--json", help="file for the result")
     eval_common.llm_flags(parser)
     args = parser.parse_args(argv)
     together = [args.answers, args.template, args.prompt]

@@ -11,7 +11,6 @@ Run: python eval_pope.py --answers random.jsonl popular.jsonl adversarial.jsonl
      --labels coco_pope_random.json coco_pope_popular.json coco_pope_adversarial.json [--json result.json]
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -58,34 +57,29 @@ def pope_metrics(s: dict) -> dict:
     }
 
 
+def pope_counts(said: list[str], truth: list[str]) -> list[dict[str, int]]:
+    kinds = {"tp": ("yes", "yes"), "fp": ("yes", "no"), "tn": ("no", "no"), "fn": ("no", "yes")}
+    return [{name: int(pair == kind) for name, kind in kinds.items()} for pair in zip(said, truth, strict=True)]
+
+
 def pope_scores(said: list[str], truth: list[str]) -> dict:
     """Metrics and counts of "yes"/"no" lists in the same order."""
-    columns = pope_counts(said, truth)
-    counts = {name: sum(column) for name, column in columns.items()}
-    return eval_common.values(Part([], columns, pope_metrics)) | counts
-
-
-def pope_counts(said: list[str], truth: list[str]) -> dict[str, list[int]]:
-    kinds = {"tp": ("yes", "yes"), "fp": ("yes", "no"), "tn": ("no", "no"), "fn": ("no", "yes")}
-    pairs = list(zip(said, truth, strict=True))
-    return {name: [int(pair == kind) for pair in pairs] for name, kind in kinds.items()}
+    counts = pope_counts(said, truth)
+    return eval_common.values(Part([], counts, pope_metrics)) | eval_common.sums(counts)
 
 
 def match(rows: list[dict], labels: list[dict]) -> list[dict]:
     """The answer to each label, by question_id where all rows have one, else by order."""
+    files = f"{rows[0]['_where']} and {labels[0]['_where']}"
     if all("question_id" in row for row in rows + labels):
-        ids = [row["question_id"] for row in rows]
-        eval_common.check_unique(ids, rows, "question")
-        eval_common.check_unique([label["question_id"] for label in labels], labels, "question")
-        by_id, wanted = dict(zip(ids, rows, strict=True)), {label["question_id"] for label in labels}
-        for found, reason in ((wanted - by_id.keys(), "have no answer"), (by_id.keys() - wanted, "have no label")):
-            if found:
-                some = sorted(found, key=str)[:3]
-                files = f"{rows[0]['_where']} and {labels[0]['_where']}"
-                raise SystemExit(f"{files} on: {len(found)} questions {reason}, such as {some}; both must be complete.")
-        rows = [by_id[label["question_id"]] for label in labels]
+        answered, wanted = (
+            eval_common.check_unique([row["question_id"] for row in some], some, "question") for some in (rows, labels)
+        )
+        for odd, lack in ((wanted.keys() - answered, "answer"), (answered.keys() - wanted, "label")):
+            if some := sorted(odd, key=str)[:3]:
+                raise SystemExit(f"{files} on: {len(odd)} questions have no {lack}, such as {some}; complete both.")
+        rows = [answered[key] for key in wanted]  # in the order of the labels
     if len(rows) != len(labels):
-        files = f"{rows[0]['_where']} and {labels[0]['_where']}"
         raise SystemExit(f"{files} on: {len(rows)} answers for {len(labels)} labels; answer every question once.")
     for row, label in zip(rows, labels, strict=True):
         asked = row.get("question") or row.get("prompt") or ""
@@ -104,20 +98,17 @@ def score_split(path: str, labels_path: str) -> tuple[dict, list[dict], Part]:
             raise SystemExit(f"{label['_where']}: a label row needs `text` and `label` yes or no.")
     rows = match(eval_common.read_answers(path), labels)
     said = [yes_or_no(row["answer"]) for row in rows]
-    part = Part(
-        [label.get("question_id", i) for i, label in enumerate(labels)],
-        pope_counts(said, [label["label"] for label in labels]),
-        pope_metrics,
-    )
+    ids = [label.get("question_id", i) for i, label in enumerate(labels)]
+    part = Part(ids, pope_counts(said, [label["label"] for label in labels]), pope_metrics)
     digest = eval_common.sha256(Path(labels_path).read_bytes())
     split = {
         "labels": str(labels_path),
         "labels_sha256": digest,
         "labels_version": VERSIONS.get(digest),
         "n": len(rows),
-        "counts": {name: sum(column) for name, column in part.columns.items()},
+        "counts": eval_common.sums(part.rows),
         **eval_common.summary(part),
-        "rows": [{"id": key, "said": word} for key, word in zip(part.ids, said, strict=True)],
+        "rows": [{"id": key, "said": word} for key, word in zip(ids, said, strict=True)],
     }
     return split, rows, part
 
@@ -145,12 +136,9 @@ def score(paths: list[str], labels: list[str]) -> tuple[dict, list[Part]]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--answers", nargs="+", help="one answer file per split")
+    what = "one answer file per split"
+    parser = eval_common.parser_of(__doc__, "--answers", what, "files of one split", nargs="+")
     parser.add_argument("--labels", nargs="+", required=True, help="the official question files, in the same order")
-    source.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two files of one split: differences B - A")
-    parser.add_argument("--json", help="file for the result")
     args = parser.parse_args(argv)
     if len(args.labels) != len(args.answers or [0]):
         parser.error("--labels needs one file per file of --answers, or one with --compare")

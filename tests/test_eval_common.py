@@ -14,7 +14,7 @@ def requests(*keys: str) -> dict[str, dict]:
 
 
 def mean_part(ids: list, numbers: list[float]) -> Part:
-    return Part(ids, {"sum": numbers, "n": [1] * len(ids)}, lambda s: {"mean": ratio(s["sum"], s["n"])})
+    return Part(ids, [{"sum": number, "n": 1} for number in numbers], lambda s: {"mean": ratio(s["sum"], s["n"])})
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_bootstrap_interval_of_a_coin():
 
 
 def test_a_zero_denominator_is_none_and_its_interval_too():
-    part = Part([1, 2], {"a": [0, 0], "b": [0, 0]}, lambda s: {"r": ratio(s["a"], s["b"])})
+    part = Part([1, 2], [{"a": 0, "b": 0}] * 2, lambda s: {"r": ratio(s["a"], s["b"])})
     assert eval_common.summary(part) == {"metrics": {"r": None}, "intervals": {"r": None}}
 
 
