@@ -102,16 +102,14 @@ def token_lengths(pair: Pair, processor: Processor, with_image: bool = True) -> 
 TOO_LONG = "too long"  # the one reason that --cut-long mends
 
 
-def text_problem(
-    pair: Pair, lengths: tuple[int, int, int], special_texts: list[str], max_length: float
-) -> Problem | None:
+def text_problem(pair: Pair, lengths: tuple[int, int, int], special_texts: list[str],
+                 max_length: float) -> Problem | None:  # fmt: skip
     """The first thing wrong with a pair's texts, or None. `lengths` are its token_lengths."""
     for name in ("prompt", "chosen", "rejected"):
         text = getattr(pair, name)
         if not text.strip():
             return Problem(pair.row, pair.id, f"empty {name}")
-        found = [s for s in special_texts if s in text]
-        if found:
+        if found := [s for s in special_texts if s in text]:
             return Problem(pair.row, pair.id, "special-token text inside data", f"{found[0]} in {name}")
     prompt, *responses = lengths
     if prompt >= max_length:
@@ -137,9 +135,15 @@ def image_problem(pair: Pair, strategy: str | None) -> Problem | None:
 
 def find_problems(pairs: list[Pair], processor: Processor, with_image: bool = True, strategy: str | None = None,
                   max_length: int = MAX_LENGTH) -> list[Problem]:  # fmt: skip
-    """Problems of every pair: the first of its texts, then of its pictures, decoded in parallel."""
-    problems = [text_problem(p, token_lengths(p, processor, with_image), processor.special_texts, max_length)
-                for p in tqdm(pairs, "texts", disable=None)]  # fmt: skip
+    """Problems of every pair: the first of its texts, then of its pictures."""
+    lengths = [token_lengths(p, processor, with_image) for p in tqdm(pairs, "texts", disable=None)]
+    return check_pairs(pairs, lengths, processor.special_texts, max_length, strategy, with_image)
+
+
+def check_pairs(pairs: list[Pair], lengths: list[tuple[int, int, int]], special_texts: list[str], max_length: float,
+                strategy: str | None, with_image: bool = True) -> list[Problem]:  # fmt: skip
+    """find_problems, where the lengths are known; pictures are decoded in parallel."""
+    problems = [text_problem(p, n, special_texts, max_length) for p, n in zip(pairs, lengths, strict=True)]
     left = [p for p, problem in zip(pairs, problems, strict=True) if problem is None or problem.reason == TOO_LONG]
     if with_image:
         with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter lock
@@ -148,9 +152,7 @@ def find_problems(pairs: list[Pair], processor: Processor, with_image: bool = Tr
     return [p for p in problems if p is not None]
 
 
-def usable(
-    pairs: list[Pair], problems: list[Problem], file: Path, skip_bad: bool, cut_long: bool = False
-) -> list[Pair]:
+def usable(pairs: list[Pair], problems: list[Problem], file: Path, skip_bad: bool, cut_long=False) -> list[Pair]:
     """The pairs without problems. SystemExit naming the first bad row and the count by reason, unless skip_bad.
 
     With cut_long a too long response is no problem: PairData with a max_length cuts it, and the count is printed here.

@@ -43,8 +43,10 @@ def fetch(name: str, with_pictures: bool = True) -> Path:
     return download(repository, ROWS + (ARCHIVES + PICTURES) * (with_pictures and not pictures))
 
 
-def download(repository: str, patterns: tuple[str, ...], repo_type: str = "dataset") -> Path:
-    """Folder with the files of a repository that match, said aloud first. SystemExit if they cannot be had."""
+def download(repository: str, patterns: tuple[str, ...], repo_type: str = "dataset", what: str = "",
+             own: str = "a file or folder of your own") -> Path:  # fmt: skip
+    """Folder with the files of a repository that match, said aloud first. SystemExit if they cannot be had: then
+    `what` was wanted (the repository and its size), and `own` may be given instead."""
     from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
     from huggingface_hub.errors import HTTPError
 
@@ -55,10 +57,10 @@ def download(repository: str, patterns: tuple[str, ...], repo_type: str = "datas
         try:
             folder = Path(snapshot_download(repository, local_files_only=True, **wanted))
         except OSError:
-            reason = f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else 'no details'}"
+            reason = f"{type(e).__name__}: {(str(e).strip() or 'no details').splitlines()[0]}"
             raise SystemExit(
-                f"{repository}: not on this machine, and the hub did not give it ({reason}); where there is a network "
-                f"run `hf download --repo-type {repo_type} {repository}`, or give a file or folder of your own."
+                f"{what or repository}: not on this machine, and the hub did not give it ({reason}); where there is a "
+                f"network run `hf download --repo-type {repo_type} {repository}`, or give {own}."
             ) from None
         print(f"{repository} at {folder.name[:8]}: from the cache, the hub cannot be reached ({type(e).__name__})")
         return folder
@@ -89,21 +91,16 @@ def join(name: str, rows: Path, images: set[str], image_root: Path | None) -> di
     folder = image_root or (download(pictures, ARCHIVES + PICTURES) if pictures else rows)
     by_stem = defaultdict(list)
     stems = {Path(image).stem for image in images}
-    unpacked = unpack(name, rows, folder, stems)
-    for place in (folder, unpacked):
-        for file in place.rglob("*") if place else ():
+    for place in filter(None, (folder, unpack(name, rows, folder, stems))):
+        for file in place.rglob("*"):
             if file.stem in stems and any(fnmatch(file.name, p) for p in PICTURES):
                 by_stem[file.stem].append(file)
-    found = {image: nearest(image, by_stem[Path(image).stem]) for image in images}
-    found = {image: file for image, file in found.items() if file}
-    report = (
-        f"{name}: {len(found):,} of {len(images):,} pictures found by file stem in {image_root or pictures or name}"
-    )
+    found = {image: file for image in images if (file := nearest(image, by_stem[Path(image).stem]))}
+    place = image_root or pictures or name
+    report = f"{name}: {len(found):,} of {len(images):,} pictures found by file stem in {place}"
     if len(found) < LEAST_JOINED * len(images):
-        missing = sorted(images - set(found))[:3]
-        raise SystemExit(
-            f"{report}; at least {LEAST_JOINED:.0%} are needed. Not found, for example: {', '.join(missing)}"
-        )
+        missing = ", ".join(sorted(images - set(found))[:3])
+        raise SystemExit(f"{report}; at least {LEAST_JOINED:.0%} are needed. Not found, for example: {missing}")
     print(report)
     return found
 
@@ -137,9 +134,8 @@ def unpack(name: str, rows: Path, folder: Path, stems: set[str]) -> Path | None:
     if out.is_dir():
         return out
     out.parent.mkdir(parents=True, exist_ok=True)
-    print(
-        f"{name}: unpacking {len(stems):,} pictures from {', '.join(a.name for a in archives)} into {out}", flush=True
-    )
+    names = ", ".join(archive.name for archive in archives)
+    print(f"{name}: unpacking {len(stems):,} pictures from {names} into {out}", flush=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as temporary:
         root = Path(temporary) / "pictures"
         root.mkdir()
@@ -152,8 +148,6 @@ def unpack(name: str, rows: Path, folder: Path, stems: set[str]) -> Path | None:
                         with open_member() as source, open(to, "wb") as target:
                             shutil.copyfileobj(source, target)
             except (OSError, zipfile.BadZipFile, tarfile.TarError) as e:
-                raise SystemExit(
-                    f"{archive}: cannot be unpacked ({e}); if it is broken, remove and fetch it again"
-                ) from None
+                raise SystemExit(f"{archive}: cannot be unpacked ({e}); remove and fetch it again") from None
         root.rename(out)
     return out

@@ -8,10 +8,10 @@ DATA is what train.py --data takes. A base gives its tokenizer and picture size;
 """
 
 import argparse
+import math
 import os
 import time
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,24 +20,19 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
-import bunny
 import data
 import hub
 import images
+import weights
 from readers import Pair, Problem, read_pairs
-from weights import SOURCES, WEIGHTS_VARIABLE, load_tokenizer, read_config, resolve
 
 EXTREME_ASPECT = 5.0  # longer side over shorter; padding to a square then fills four fifths of what the model sees
-SMALL_FILES = ("*.json", "tokenizer.model")  # of a base: its config and tokenizer
 
 
 def load_processor(base: str) -> data.Processor:
-    """Tokenizer and picture size of a base; of one on the hub only the small files are fetched."""
-    here = base not in SOURCES or (Path(os.environ.get(WEIGHTS_VARIABLE, ".")) / base / "config.json").is_file()
-    folder = resolve(base) if here else hub.download(SOURCES[base][0], SMALL_FILES, "model")
-    config = read_config(folder)
-    template = bunny.TEMPLATE if isinstance(config, bunny.Config) else data.VICUNA
-    return data.Processor(load_tokenizer(folder), config, template)
+    """Of a base on the hub only the small files are fetched."""
+    folder = weights.resolve(base, patterns=weights.SMALL_FILES)
+    return weights.load_processor(folder, weights.read_config(folder))
 
 
 # ---- --check -------------------------------------------------------------------------------------------------------
@@ -59,13 +54,6 @@ def notes(pairs: list[Pair]) -> dict[str, list[Pair]]:
     }
 
 
-def scan_picture(pair: Pair, strategy: str | None) -> tuple[Problem | None, tuple[int, int] | None]:
-    if problem := data.image_problem(pair, strategy):
-        return problem, None
-    with Image.open(images.readable(pair.image)) as image:
-        return None, image.size
-
-
 def where(file: str, items: list, limit: int = 3) -> str:
     """file:row:id of the first few pairs or problems."""
     more = [f"... {len(items) - limit} more"] if len(items) > limit else []
@@ -79,18 +67,14 @@ def check(args, pairs: list[Pair], problems: list[Problem], processor: data.Proc
     special, longest = (processor.special_texts, args.max_length) if processor else ([data.IMAGE_TOKEN], float("inf"))
     length = (lambda p: data.token_lengths(p, processor)) if processor else word_lengths
     lengths = [length(p) for p in tqdm(pairs, "texts", disable=None)]
-    found = [data.text_problem(p, n, special, longest) for p, n in zip(pairs, lengths, strict=True)]
-    good = [p for p, problem in zip(pairs, found, strict=True) if problem is None or problem.reason == data.TOO_LONG]
-    with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter lock
-        scans = pool.map(lambda p: scan_picture(p, args.rejected_image), good)
-        scans = list(tqdm(scans, "pictures", len(good), disable=None))
-    problems = sorted(problems + [p for p in [*found, *(problem for problem, _ in scans)] if p])
+    problems = sorted(problems + data.check_pairs(pairs, lengths, special, longest, args.rejected_image))
     for reason, count in Counter(p.reason for p in problems).most_common():
         print(f"cannot be used: {count} {reason}: {where(args.data, [p for p in problems if p.reason == reason])}")
     for kind, some in notes(pairs).items():
         if some:
             print(f"note: {len(some)} {kind}: {where(args.data, some)}")
-    print_pictures(args.data, [(pair, size) for pair, (_, size) in zip(good, scans, strict=True) if size])
+    broken = {p.row for p in problems if p.reason != data.TOO_LONG}
+    print_pictures(args.data, [p for p in pairs if p.row not in broken])
     print_lengths(args.data, pairs, lengths, bool(processor))
     bad = {p.row for p in problems}
     print(f"{args.data}: {len(bad)} of {len(bad | {p.row for p in pairs})} rows cannot be used")
@@ -98,13 +82,19 @@ def check(args, pairs: list[Pair], problems: list[Problem], processor: data.Proc
         raise SystemExit(1)
 
 
-def print_pictures(file: str, sizes: list[tuple[Pair, tuple[int, int]]]) -> None:
-    if not sizes:
+def print_pictures(file: str, pairs: list[Pair]) -> None:
+    if not pairs:
         return
-    area = sorted((w * h, w, h) for _, (w, h) in sizes)
-    smallest, middle, largest = (f"{w}x{h}" for _, w, h in (area[0], area[len(area) // 2], area[-1]))
+    sizes, extreme = [], []
+    for pair in pairs:
+        with Image.open(images.readable(pair.image)) as image:  # reads the header only
+            sizes.append(image.size)
+        if max(image.size) > EXTREME_ASPECT * min(image.size):
+            extreme.append(pair)
+    sizes.sort(key=math.prod)
+    smallest, middle, largest = (f"{w}x{h}" for w, h in (sizes[0], sizes[len(sizes) // 2], sizes[-1]))
     print(f"pictures: {len(sizes)} open, {smallest} smallest, {middle} median, {largest} largest")
-    if extreme := [pair for pair, size in sizes if max(size) > EXTREME_ASPECT * min(size)]:
+    if extreme:
         print(f"note: {len(extreme)} with an aspect over {EXTREME_ASPECT:g}: {where(file, extreme)}")
 
 
@@ -150,9 +140,8 @@ def show(args: argparse.Namespace, pairs: list[Pair], processor: data.Processor)
         lengths = data.token_lengths(pair, processor)
         problem = data.text_problem(pair, lengths, processor.special_texts, args.max_length)
         problem = problem or data.image_problem(pair, strategy)
-        print(
-            f"\nrow {pair.row}, id {pair.id}, picture {pair.image if isinstance(pair.image, Path) else 'in the file'}"
-        )
+        picture = pair.image if isinstance(pair.image, Path) else "in the file"
+        print(f"\nrow {pair.row}, id {pair.id}, picture {picture}")
         if problem:
             print(f"  cannot be used: {problem.reason} {problem.detail}")
             continue
@@ -214,7 +203,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     g.add_argument("--check", action="store_true", help="scan everything; exit status 1 if a row cannot be used")
     g.add_argument("--show", type=int, metavar="N", help="print the first N rows as the model sees them")
     g.add_argument("--time", action="store_true", help="measure the data loading")
-    p.add_argument("--base", help=f"{', '.join(SOURCES)}, or a checkpoint folder")
+    p.add_argument("--base", help=f"{', '.join(weights.SOURCES)}, or a checkpoint folder")
     p.add_argument("--image-root", type=Path, help="folder the image paths start from (default: the data file's)")
     p.add_argument("--rejected-image", default="crop", choices=images.STRATEGIES, help="how m_l is made from m_w")
     p.add_argument("--max-length", type=int, default=data.MAX_LENGTH, help="prompt + response, image tokens counted")

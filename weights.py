@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import bunny
+import hub
+from data import VICUNA, Processor
 from model import Config, LLaVA, VisionConfig
 
 SOURCES = {  # base: hub repository, size of the download
@@ -33,14 +35,9 @@ SOURCES = {  # base: hub repository, size of the download
 }
 WEIGHTS_VARIABLE = "NANOMDPO_WEIGHTS"  # a folder that holds a checkpoint folder for each base name
 VISION_SIZES = {"openai/clip-vit-large-patch14-336": "1.7 GB", "google/siglip-so400m-patch14-384": "3.5 GB"}
-HUB_FILES = ["*.json", "*.safetensors", "*.bin", "tokenizer.model"]
+SMALL_FILES = ("*.json", "tokenizer.model")  # config and tokenizer
+HUB_FILES = (*SMALL_FILES, "*.safetensors", "*.bin")
 
-VISION_NAMES = [  # inside a vision tower, all layouts: the file's -> ours
-    ("vision_tower.vision_tower.", "vision_tower."),
-    ("vision_tower.vision_model.", "vision_tower."),
-    ("vision_tower.embeddings.", "vision_tower."),
-    ("vision_tower.encoder.", "vision_tower."),
-]
 LAYOUTS = {  # layout: (a prefix that only it has, [(the file's prefix, ours)])
     "hub": ("language_model.model.", [
         ("language_model.model.", "language_model."),
@@ -62,6 +59,7 @@ LAYOUTS = {  # layout: (a prefix that only it has, [(the file's prefix, ours)])
     ]),
     "vision": ("vision_model.", [("vision_model.", "vision_tower.")]),  # a CLIP or SigLIP folder of its own
 }  # fmt: skip
+INSIDE_VISION = re.compile(r"^vision_tower\.((vision_tower|vision_model|embeddings|encoder)\.)*")  # all: vision_tower.
 IGNORED = re.compile(  # tensors that never influence the output
     r"rotary_emb\.inv_freq$|position_ids$|^text_model\.|^(visual|text)_projection\.|^logit_(scale|bias)$"
     r"|^vision_tower\.(post_layernorm|head)\."
@@ -75,8 +73,8 @@ def load_base(base: str, weights: Path | None = None, vision: Path | None = None
     return load_model(folder, vision, dtype, device), folder
 
 
-def resolve(base: str, weights: Path | None = None) -> Path:
-    """Base name or path -> checkpoint folder: `weights`, else $NANOMDPO_WEIGHTS/<base>, else the hub's cache."""
+def resolve(base: str, weights: Path | None = None, patterns: tuple[str, ...] = HUB_FILES) -> Path:
+    """Base name or path -> checkpoint folder: `weights`, else $NANOMDPO_WEIGHTS/<base>, else the hub's `patterns`."""
     if weights or base not in SOURCES:
         folder = Path(weights or base)
         if not (folder / "config.json").is_file():
@@ -86,23 +84,12 @@ def resolve(base: str, weights: Path | None = None) -> Path:
     root = os.environ.get(WEIGHTS_VARIABLE)
     if root and (Path(root) / base / "config.json").is_file():
         return Path(root) / base
-    return from_hub(*SOURCES[base])
+    return from_hub(*SOURCES[base], patterns)
 
 
-def from_hub(repository: str, size: str) -> Path:
-    """The hub's files of a repository, downloaded if need be: resumable, only what is read here."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HTTPError
-
-    print(f"weights: {repository} ({size}), from the cache or the hub")
-    try:
-        return Path(snapshot_download(repository, allow_patterns=HUB_FILES))
-    except (OSError, HTTPError) as e:
-        raise SystemExit(
-            f"{repository} ({size}) is not complete in the cache and could not be fetched ({type(e).__name__}: "
-            f"{str(e).splitlines()[0]}). Run `hf download {repository}` where there is a network, or give its folder "
-            "with --weights DIR (--vision-weights DIR for a vision tower)."
-        ) from None
+def from_hub(repository: str, size: str, patterns: tuple[str, ...] = HUB_FILES) -> Path:
+    own = "its folder with --weights DIR (--vision-weights DIR for a vision tower)"
+    return hub.download(repository, patterns, "model", f"{repository} ({size})", own)
 
 
 # ---- config --------------------------------------------------------------------------------------------------------
@@ -121,8 +108,7 @@ def read_json(file: Path) -> dict:
 
 
 def vision_config(v: dict, defaults: VisionConfig, feature_layer: int = -2) -> VisionConfig:
-    v = v.get("vision_config", v)  # a full CLIP or SigLIP config has it one level down
-    d = defaults
+    v, d = v.get("vision_config", v), defaults  # a full CLIP or SigLIP config has it one level down
     return VisionConfig(
         v.get("hidden_size", d.width), v.get("num_hidden_layers", d.layers), v.get("num_attention_heads", d.heads),
         v.get("intermediate_size", d.ffn), v.get("image_size", d.image_size), v.get("patch_size", d.patch),
@@ -157,9 +143,8 @@ def read_config(folder: Path, vision: Path | None = None) -> Config | bunny.Conf
         "feature select strategy": c.get("vision_feature_select_strategy", "default") != "default"
         or c.get("mm_vision_select_feature", "patch") != "patch",
     }  # fmt: skip
-    if any(unsupported.values()):
-        wrong = ", ".join(k for k, bad in unsupported.items() if bad)
-        raise SystemExit(f"{folder}/config.json: not a LLaVA-1.5: {wrong}")
+    if wrong := [name for name, bad in unsupported.items() if bad]:
+        raise SystemExit(f"{folder}/config.json: not a LLaVA-1.5: {', '.join(wrong)}")
     return Config(
         vision_config(v, d.vision, feature_layer), t.get("vocab_size", 32000), t.get("hidden_size", d.width),
         t.get("num_hidden_layers", d.layers), heads, t.get("num_key_value_heads") or heads,
@@ -199,8 +184,7 @@ def shard_files(folder: Path) -> dict[str, Path] | list[Path]:
     for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
         if (folder / index).is_file():
             table = read_json(folder / index).get("weight_map", {})
-            absent = sorted({f for f in table.values() if not (folder / f).is_file()})
-            if absent:
+            if absent := sorted({f for f in table.values() if not (folder / f).is_file()}):
                 raise SystemExit(f"{folder}/{index} names {len(absent)} file(s) that are not there: "
                                  f"{', '.join(absent[:10])}. Is the download complete?")  # fmt: skip
             return {name: folder / file for name, file in table.items()}
@@ -230,9 +214,8 @@ def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as e:
         raise SystemExit(f"{file}: truncated or damaged ({e}); download it again") from None
     except pickle.UnpicklingError as e:
-        raise SystemExit(
-            f"{file}: damaged, or holds more than tensors; not opened ({str(e).splitlines()[0]})"
-        ) from None
+        reason = str(e).splitlines()[0]
+        raise SystemExit(f"{file}: damaged, or holds more than tensors; not opened ({reason})") from None
 
 
 def read_tensor(stored: Stored, dtype: torch.dtype | None = None, device="cpu") -> Tensor:
@@ -244,16 +227,9 @@ def read_tensor(stored: Stored, dtype: torch.dtype | None = None, device="cpu") 
 
 
 def our_name(name: str, table: list[tuple[str, str]]) -> str:
-    for theirs, ours in table:
-        if name.startswith(theirs):
-            name = ours + name[len(theirs) :]
-            break
-    if name.startswith("vision_tower."):
-        for theirs, ours in VISION_NAMES:
-            if name.startswith(theirs):
-                name = ours + name[len(theirs) :]
-        name = name.replace(".mlp.fc", ".fc")
-    return name
+    theirs, ours = next((pair for pair in table if name.startswith(pair[0])), ("", ""))
+    name = INSIDE_VISION.sub("vision_tower.", ours + name.removeprefix(theirs))
+    return name.replace(".mlp.fc", ".fc") if name.startswith("vision_tower.") else name
 
 
 def index_tensors(folder: Path) -> dict[str, Stored]:
@@ -262,8 +238,7 @@ def index_tensors(folder: Path) -> dict[str, Stored]:
     files = sorted(set(listed.values())) if isinstance(listed, dict) else listed
     found = {(name, file): shape for file in files for name, shape in read_shapes(file).items()}
     if isinstance(listed, dict):
-        absent = [name for name, file in listed.items() if (name, file) not in found]
-        if absent:
+        if absent := [name for name, file in listed.items() if (name, file) not in found]:
             raise SystemExit(f"{folder}: {len(absent)} tensors of the index are in no file: {', '.join(absent[:10])}")
     names = [name for name, _ in found]
     tables = [table for telltale, table in LAYOUTS.values() if any(n.startswith(telltale) for n in names)]
@@ -331,6 +306,11 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     raise SystemExit(f"{folder}: no tokenizer.json and no tokenizer.model")
 
 
+def load_processor(folder: Path, config: Config | bunny.Config) -> Processor:
+    """Text and pictures of a base -> what it was tuned to read."""
+    return Processor(load_tokenizer(folder), config, bunny.TEMPLATE if isinstance(config, bunny.Config) else VICUNA)
+
+
 # The original LLaVA ships a sentencepiece BPE as a protobuf. Fields read: ModelProto.pieces = 1 {piece = 1, score = 2,
 # type = 3}, ModelProto.normalizer_spec = 3 {add_dummy_prefix = 3}. Sentencepiece merges the neighbours whose joint
 # piece has the highest score: the merges are all splits of every piece into two, ordered by the score of the whole.
@@ -356,10 +336,7 @@ def fields(data: bytes):
         if kind == 0:
             value, at = varint(data, at)
         else:
-            if kind == 2:
-                size, at = varint(data, at)
-            else:
-                size = {1: 8, 5: 4}[kind]
+            size, at = varint(data, at) if kind == 2 else ({1: 8, 5: 4}[kind], at)
             value, at = data[at : at + size], at + size
         yield tag >> 3, value
 

@@ -115,7 +115,7 @@ def test_time_and_usage(pairs_file, tiny_base, capsys):
 def test_a_named_base_needs_its_small_files_only(monkeypatch, tmp_path, tiny_base):
     asked = []
     monkeypatch.delenv("NANOMDPO_WEIGHTS", raising=False)
-    monkeypatch.setattr(inspect_data.hub, "download", lambda *args: asked.append(args) or tiny_base)
+    monkeypatch.setattr(inspect_data.hub, "download", lambda *args: asked.append(args[:3]) or tiny_base)
     inspect_data.load_processor("llava-1.5-7b")
     assert asked == [("llava-hf/llava-1.5-7b-hf", ("*.json", "tokenizer.model"), "model")]
 
