@@ -3,9 +3,9 @@
     python export.py --base llava-1.5-7b --adapter runs/llava-1.5-7b-mdpo-0 --out merged
     python export.py --base liuhaotian-folder --out converted         no adapter: the same model in the hub's layout
 
-LLaVA is written in the hub's layout (transformers, vLLM and lmms-eval open it), Bunny in its own. Every tensor is read,
-merged in float32, cast and written on its own; then base + adapter and the files just written answer the same prompts,
-and if their logits differ by more than a bound nothing is kept. docs/export.md shows how to use the result.
+LLaVA is written in the hub's layout (transformers, vLLM and lmms-eval open it), Bunny in its own, shard by shard, every
+tensor merged in float32 and cast. Then base + adapter and the files just written answer the same prompts, and if their
+logits differ by more than a bound nothing is kept. docs/export.md shows how to use the result.
 
 Deviations from the hub's llava-1.5-*-hf
 1. Pictures are padded to a square, as LLaVA was trained; the hub's own config cuts the middle out.
@@ -14,12 +14,10 @@ Deviations from the hub's llava-1.5-*-hf
 """
 
 import argparse
-import json
 import math
 import os
 import re
 import shutil
-import struct
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
@@ -27,6 +25,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from tokenizers import AddedToken, processors
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -35,7 +34,8 @@ import bunny
 import images
 import losses
 import weights
-from data import VICUNA, Processor, pad_rows
+from data import VICUNA, pad_rows
+from eval_common import write_json
 from lora import load_adapter, read_adapter, scaling_of
 from model import Config
 from readers import SYSTEM, read_pairs
@@ -104,23 +104,6 @@ def export_name(name: str, table: list[tuple[str, str]]) -> str:
 Source = Callable[[str], Tensor]  # the tensor of a name, made when asked for
 
 
-def write_safetensors(file: Path, shapes: dict[str, tuple], dtype: torch.dtype, tensor: Source) -> None:
-    """Writes one tensor after the other; the format's header holds only shapes and offsets, so it can come first."""
-    header, at = {"__metadata__": {"format": "pt"}}, 0
-    for name, shape in shapes.items():
-        end = at + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [at, end]}
-        at = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
-    with open(file, "wb") as f:
-        f.write(struct.pack("<Q", len(text)) + text)
-        for name, shape in tqdm(shapes.items(), file.name, disable=None):
-            t = tensor(name)
-            assert (tuple(t.shape), t.dtype) == (tuple(shape), dtype), (name, t.shape, shape, t.dtype, dtype)
-            f.write(t.contiguous().flatten().view(torch.uint8).numpy().data)
-
-
 def write_shards(folder: Path, shapes: dict[str, tuple], dtype: torch.dtype, tensor: Source, limit=SHARD_BYTES) -> None:
     """model.safetensors, or shards of at most `limit` bytes (a larger tensor has its own) and their index."""
     shards, room = [{}], limit
@@ -131,14 +114,18 @@ def write_shards(folder: Path, shapes: dict[str, tuple], dtype: torch.dtype, ten
             room = limit
         shards[-1][name] = shape
         room -= size
-    if len(shards) == 1:
-        return write_safetensors(folder / "model.safetensors", shapes, dtype, tensor)
-    files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    for file, shard in zip(files, shards, strict=True):
-        write_safetensors(folder / file, shard, dtype, tensor)
-    total = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
-    table = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
-    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": table})
+    table = {}
+    for i, shard in enumerate(shards, 1):
+        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        tensors = {name: tensor(name) for name in tqdm(shard, file, disable=None)}
+        made = {name: (t.shape, t.dtype) for name, t in tensors.items()}
+        assert made == {name: (shape, dtype) for name, shape in shard.items()}, (made, shard)
+        save_file(tensors, folder / file, {"format": "pt"})
+        del tensors  # before the next ones are made
+        table |= dict.fromkeys(shard, file)
+    if len(shards) > 1:
+        total = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
+        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": table})
 
 
 def write_weights(out: Path, stored: dict, adapter: Path | None, c: Config, dtype: torch.dtype) -> None:
@@ -166,10 +153,6 @@ def write_weights(out: Path, stored: dict, adapter: Path | None, c: Config, dtyp
 
 
 # ---- the files beside them -----------------------------------------------------------------------------------------
-
-
-def write_json(file: Path, content: dict) -> None:
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def with_image_rows(config: Config) -> Config:
@@ -283,8 +266,7 @@ def float32_arithmetic(model: nn.Module):
 @torch.no_grad()
 def answers(model, folder: Path, asked: list, vocab: int) -> tuple[Tensor, Tensor]:
     """Logits (positions that predict an answer token, V) and log-probs (B,) of the answers, over `vocab` rows."""
-    template, device = bunny.TEMPLATE if isinstance(model, bunny.Bunny) else VICUNA, model.lm_head.weight.device
-    processor = Processor(weights.load_tokenizer(folder), model.config, template)
+    processor, device = weights.load_processor(folder, model.config), model.lm_head.weight.device
     ids = [[torch.tensor(processor.prompt_ids(q)) for _, q, _ in asked],
            [torch.tensor(processor.response_ids(a)) for _, _, a in asked]]  # fmt: skip
     tokens = pad_rows(*ids, model.config.pad_id)

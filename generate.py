@@ -32,15 +32,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-import bunny
 import eval_common
 import images
-from data import VICUNA, Processor
+import weights
+from data import Processor
 from lora import load_adapter, merge_lora
 from model import LLaVA, causal
 from questions import picture_problem, read_begun, read_questions, write_rows
 from readers import SYSTEM, bare_question
-from weights import SOURCES, checkpoint_tensors, load_base, load_tokenizer, read_config, resolve
 
 # ---- decoding ------------------------------------------------------------------------------------------------------
 
@@ -290,15 +289,16 @@ def answer_file(args: argparse.Namespace) -> None:
 
 
 def load_processor(args: argparse.Namespace) -> Processor:
-    folder = resolve(args.base, args.weights)
-    config = read_config(folder, checkpoint_tensors(folder, args.vision_weights)[1])
-    template = bunny.TEMPLATE if isinstance(config, bunny.Config) else VICUNA
-    template = replace(template, image=replace(template.image, mode=args.image_mode))
-    return Processor(load_tokenizer(folder), config, template)
+    folder = weights.resolve(args.base, args.weights)
+    _, vision = weights.checkpoint_tensors(folder, args.vision_weights)
+    processor = weights.load_processor(folder, weights.read_config(folder, vision))
+    image = replace(processor.template.image, mode=args.image_mode)
+    processor.template = replace(processor.template, image=image)
+    return processor
 
 
 def load_model(args: argparse.Namespace) -> LLaVA:
-    model, _ = load_base(args.base, args.weights, args.vision_weights, getattr(torch, args.dtype), args.device)
+    model, _ = weights.load_base(args.base, args.weights, args.vision_weights, getattr(torch, args.dtype), args.device)
     if args.adapter:
         load_adapter(model, args.adapter)
         if args.dtype == "float32":  # faster; 16-bit weights would round part of the update away
@@ -328,7 +328,7 @@ def answer_one(args: argparse.Namespace) -> None:
 
 def parse_args(argv=None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--base", required=True, help=f"{', '.join(SOURCES)}, or a checkpoint folder")
+    p.add_argument("--base", required=True, help=f"{', '.join(weights.SOURCES)}, or a checkpoint folder")
     p.add_argument("--weights", type=Path, help="folder of the base's checkpoint, instead of the hub's cache")
     p.add_argument("--vision-weights", type=Path, help="CLIP or SigLIP folder, for layouts without the vision tower")
     p.add_argument("--adapter", type=Path, help="run folder, or any PEFT LoRA folder")
