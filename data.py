@@ -116,7 +116,6 @@ def text_problem(pair: Pair, lengths: tuple[int, int, int], special_texts: list[
         return Problem(pair.row, pair.id, "prompt too long", f"{prompt} tokens, --max-length is {max_length}")
     if prompt + max(responses) > max_length:
         return Problem(pair.row, pair.id, TOO_LONG, f"{prompt + max(responses)} tokens, --max-length is {max_length}")
-    return None
 
 
 def image_problem(pair: Pair, strategy: str | None) -> Problem | None:
@@ -130,7 +129,6 @@ def image_problem(pair: Pair, strategy: str | None) -> Problem | None:
         except ValueError as e:
             reason = "missing image" if str(e) == "missing image" else "broken image"
             return Problem(pair.row, pair.id, reason, f"{source if isinstance(source, Path) else 'bytes'}: {e}")
-    return None
 
 
 def find_problems(pairs: list[Pair], processor: Processor, with_image: bool = True, strategy: str | None = None,
@@ -284,8 +282,7 @@ class EpochSampler(Sampler):
     def __iter__(self):
         for epoch in range(self.start // self.n, self.epochs):
             order = np.random.default_rng((self.seed, epoch)).permutation(self.n)
-            skip = self.start - epoch * self.n if epoch == self.start // self.n else 0
-            yield from ((epoch, int(index)) for index in order[skip:])
+            yield from ((epoch, int(index)) for index in order[max(0, self.start - epoch * self.n) :])
 
     def __len__(self) -> int:
         return self.n * self.epochs - self.start

@@ -14,8 +14,8 @@ Deviations:
 Run: python eval_amber.py --answers amber_g.jsonl amber_d.jsonl --data AMBER/data --tagger DIR --similarity pairs.json
 """
 
-import json
 import re
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,19 +23,8 @@ import eval_common
 from eval_common import Part, ratio
 
 SCORER = "eval_amber.py 1"
-FORMS = Path(__file__).parent / "assets" / "wordnet_noun_forms.json"
 WORD = re.compile(r"[A-Za-z0-9]+(?:[-./'][A-Za-z0-9]+)*(?<!'s)|'[A-Za-z]+|[^\sA-Za-z0-9]")
-DENOMINATORS = {
-    "chair": "invented nouns / nouns in AMBER's vocabulary",
-    "cover": "named truth entries / all truth entries",
-    "hal": "responses with an invented noun / responses",
-    "cog": "named entries of the likely-invented list / all its entries (the code's definition, not the paper's)",
-    "accuracy": "right answers / questions",
-    "precision": "right No / answered No",
-    "recall": "right No / questions whose answer is no",
-    "f1": "2 P R / (P + R), from rounded P and R",
-    "amber_score": "(100 - CHAIR + F1) / 2",
-}
+ATTRIBUTES = ("state", "number", "action")
 
 
 def load_tagger(folder: str) -> Callable[[str], list[str]]:
@@ -121,27 +110,19 @@ def score_nouns(nouns: list[str], annotation: dict, relation: dict, safe: set[st
         covered.add(close)
         bad += close is None
     return {
-        "rows": 1,
-        "clean": int(bad == 0),
-        "bad_nouns": bad,
-        "nouns": len(nouns),
-        "covered": len(covered - {None}),
-        "truth": len(annotation["truth"]),
-        "marked": len(marked - {None}),
-        "hallu": len(annotation["hallu"]),
-    }
+        "rows": 1, "clean": int(bad == 0), "bad_nouns": bad, "nouns": len(nouns),
+        "covered": len(covered - {None}), "truth": len(annotation["truth"]),
+        "marked": len(marked - {None}), "hallu": len(annotation["hallu"]),
+    }  # fmt: skip
 
 
 def score_answer(answer: str, truth: str) -> dict[str, int]:
     """Counts of one Yes/No question; an answer that is neither is wrong, and is not a No."""
+    said_no, truth_no = answer == "No", truth == "no"
     return {
-        "questions": 1,
-        "right": int(answer == truth.capitalize()),
-        "said_no": int(answer == "No"),
-        "truth_no": int(truth == "no"),
-        "right_no": int(answer == "No" and truth == "no"),
-        "neither": int(answer not in ("Yes", "No")),
-    }
+        "questions": 1, "right": int(answer == truth.capitalize()), "neither": int(answer not in ("Yes", "No")),
+        "said_no": int(said_no), "truth_no": int(truth_no), "right_no": int(said_no and truth_no),
+    }  # fmt: skip
 
 
 def first_word(answer: str) -> str:
@@ -156,7 +137,7 @@ def generative_metrics(s: dict, offset: float = 0.0) -> dict:
         "chair": 100 * ratio(s["bad_nouns"], s["nouns"] + offset),
         "cover": 100 * ratio(s["covered"], s["truth"] + offset),
         "hal": 100 - 100 * ratio(s["clean"], s["rows"] + offset),
-        "cog": 100 * ratio(s["marked"], s["hallu"] + offset),
+        "cog": 100 * ratio(s["marked"], s["hallu"] + offset),  # the original code's, not its paper's
     }
 
 
@@ -181,8 +162,8 @@ def generative_table(s: dict[str, int]) -> dict[str, float]:
 
 def discriminative_table(rows: list[dict[str, int]], categories: list[str]) -> dict[str, dict[str, float]]:
     """The printed values per category and over all; attribute pools three counters, so three offsets."""
-    groups = {"overall": set(categories), "attribute": {"state", "number", "action"}}
-    groups |= {name: {name} for name in ("existence", "state", "number", "action", "relation")}
+    groups = {"overall": set(categories), "attribute": ATTRIBUTES}
+    groups |= {name: {name} for name in ("existence", *ATTRIBUTES, "relation")}
     table = {}
     for name, group in groups.items():
         members = [row for row, category in zip(rows, categories, strict=True) if category in group]
@@ -204,36 +185,33 @@ def read_responses(paths: list[str], annotations: list[dict], partial: bool) -> 
             raise SystemExit(f"{row['_where']}: `id` is {row.get('id')!r}, not one of AMBER's 1 to {len(annotations)}.")
         ids.append(int(key))
     answered = eval_common.check_unique(ids, rows, "id")
-    kinds = {}
+    kinds = defaultdict(set)
     for row in annotations:
-        kind = category(row)
-        kinds.setdefault("attribute" if kind in ("state", "number", "action") else kind, set()).add(row["id"])
+        kinds["attribute" if (kind := category(row)) in ATTRIBUTES else kind].add(row["id"])
     kinds = {kind: members for kind, members in kinds.items() if members & answered.keys()}
     wanted = set().union(*kinds.values())
     if (lost := sorted(wanted - answered.keys())) and not partial:
-        raise SystemExit(
-            f"{', '.join(paths)}: {len(lost)} of {len(wanted)} ids are not answered, such as {lost[:3]}. Answer them, "
-            "or add --partial to score the rest under that name."
-        )
+        raise SystemExit(f"{', '.join(paths)}: {len(lost)} of {len(wanted)} ids are not answered, such as {lost[:3]}. "
+                         "Answer them, or add --partial to score the rest under that name.")  # fmt: skip
     return dict(sorted(answered.items())), {kind: len(members) for kind, members in kinds.items()}
 
 
 def score(paths: list[str], data: tuple, nouns_of: Callable | None, similar: Callable, args) -> tuple[dict, list[Part]]:
     annotations, relation, safe = data
     rows, kinds = read_responses(paths, annotations, args.partial)
-    n_expected = sum(kinds.values())
-    described = [key for key in rows if annotations[key - 1]["type"] == "generative"]
-    asked = [key for key in rows if annotations[key - 1]["type"] != "generative"]
+    n_expected, truth = sum(kinds.values()), {key: annotations[key - 1] for key in rows}
+    described = [key for key in rows if category(truth[key]) == "generative"]
+    asked = [key for key in rows if category(truth[key]) != "generative"]
     protocol = f"AMBER {', '.join(kinds)}{' (partial)' * (len(rows) < n_expected)} | Yes/No: {args.yes_no}"
     result = eval_common.header(SCORER, protocol, paths, list(rows.values()), n_expected)
-    result |= {"denominators": DENOMINATORS, "kinds": kinds, "metrics": {}, "similarity": None, "nouns": None}
+    result |= {"kinds": kinds, "metrics": {}, "similarity": None, "nouns": None}
     parts = []
     if described:
         if nouns_of is None:
             raise SystemExit("Descriptions (ids 1-1004) need --tagger DIR, or --no-tagger for a smoke test.")
-        forms = json.loads(FORMS.read_text(encoding="utf-8"))["forms"]
+        forms = eval_common.word_forms("wordnet_noun_forms.json")
         nouns = {key: [forms.get(n, n) for n in nouns_of(rows[key]["answer"])] for key in described}
-        counts = [score_nouns(nouns[key], annotations[key - 1], relation, safe, similar) for key in described]
+        counts = [score_nouns(nouns[key], truth[key], relation, safe, similar) for key in described]
         parts.append(Part(described, counts, generative_metrics))
         result["metrics"] = generative_table(eval_common.sums(counts))
         result |= {"similarity": args.similarity, "nouns": args.tagger or "every word (--no-tagger)"}
@@ -242,9 +220,9 @@ def score(paths: list[str], data: tuple, nouns_of: Callable | None, similar: Cal
             result["warnings"].append("no tagger or exact words: not comparable with published CHAIR, Cover, Hal, Cog")
     if asked:
         said = {key: first_word(r["answer"]) if args.yes_no == "first-word" else r["answer"] for key, r in rows.items()}
-        counts = [score_answer(said[key], annotations[key - 1]["truth"]) for key in asked]
+        counts = [score_answer(said[key], truth[key]["truth"]) for key in asked]
         parts.append(Part(asked, counts, discriminative_metrics))
-        table = discriminative_table(counts, [category(annotations[key - 1]) for key in asked])
+        table = discriminative_table(counts, [category(truth[key]) for key in asked])
         neither = sum(c["neither"] for c in counts)
         result["metrics"] |= {name: value for name, value in table["overall"].items() if name != "n"}
         result |= {"categories": table, "n_neither_yes_nor_no": neither}

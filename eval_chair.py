@@ -25,7 +25,6 @@ import eval_common
 from eval_common import Part, ratio
 
 SCORER = "eval_chair.py 1"
-ASSETS = Path(__file__).parent / "assets"
 WORD = re.compile(r"[a-z0-9]+(?:[-./'][a-z0-9]+)*(?<!'s)|'[a-z]+|[^\sa-z0-9]")
 OFFICIAL_SYNONYMS = {
     "chair2018": "b685537b36fe21b791c87151b96a991ceb582edff19f3da204dcc7a7905502f2",
@@ -90,7 +89,7 @@ def load_vocabulary(synonyms: str, protocol: str) -> Vocabulary:
     pairs |= {"passenger jet": "jet", "passenger train": "train", "bow tie": "tie", "toilet seat": "toilet"}
     pairs["wine glas"] = "wine glass"  # the 2018 singular of "glass" is "glas"
     table = "chair_singular_forms.json" if protocol == "chair2018" else "wordnet_noun_forms.json"
-    return Vocabulary(node, pairs, json.loads((ASSETS / table).read_text(encoding="utf-8"))["forms"])
+    return Vocabulary(node, pairs, eval_common.word_forms(table))
 
 
 def merge_pairs(words: list[str], pairs: dict[str, str]) -> list[str]:
@@ -171,14 +170,10 @@ def chair_counts(said: list[str], truth: set[str]) -> dict[str, int]:
     """A caption's share of every sum the scores are made of. A mention is hallucinated iff it is not in truth."""
     bad = sum(node not in truth for node in said)
     return {
-        "n": 1,
-        "n_with_object": int(bool(said)),
-        "n_hallucinated": int(bad > 0),
-        "n_mentions": len(said),
-        "n_hallucinated_mentions": bad,
-        "n_truth": len(truth),
-        "n_recalled": len(truth.intersection(said)),
-    }
+        "n": 1, "n_with_object": int(bool(said)), "n_hallucinated": int(bad > 0),
+        "n_mentions": len(said), "n_hallucinated_mentions": bad,
+        "n_truth": len(truth), "n_recalled": len(truth.intersection(said)),
+    }  # fmt: skip
 
 
 def chair_metrics(s: dict) -> dict:
@@ -195,8 +190,7 @@ def chair_metrics(s: dict) -> dict:
 def chair_scores(mentions: list[list[str]], truth: list[set[str]]) -> dict:
     """Scores from node words: mentions[i] as said in caption i, in order, with repetitions; truth[i] what is there.
 
-    Fractions 0..1, None where the denominator is 0. chair_s divides by all captions, chair_s_refine by the captions
-    that name at least one object, chair_i by all mentions (pooled over captions), recall by all true objects.
+    Fractions 0..1 (DENOMINATORS says of what), None where the denominator is 0; and the counts behind them.
     """
     counts = [chair_counts(*pair) for pair in zip(mentions, truth, strict=True)]
     return eval_common.values(Part([], counts, chair_metrics)) | eval_common.sums(counts)
@@ -257,13 +251,11 @@ def score(path: str, replies: str | None, vocabulary: Vocabulary, args) -> tuple
     if digest != OFFICIAL_SYNONYMS[args.protocol]:
         result["warnings"].append(f"{args.synonyms} is not the official list for {args.protocol}")
     result |= {
-        "synonyms_sha256": digest,
-        "replies": replies,
-        "denominators": DENOMINATORS,
+        "synonyms_sha256": digest, "replies": replies, "denominators": DENOMINATORS,
         **eval_common.summary(part),
         "counts": eval_common.sums(part.rows),
         "rows": [{"id": key, "mentions": pairs[i], "truth": sorted(truth[i])} for i, key in enumerate(ids)],
-    }
+    }  # fmt: skip
     return result, [part]
 
 

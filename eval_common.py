@@ -87,6 +87,11 @@ def read_answers(path: str | Path) -> list[dict]:
     return rows
 
 
+def word_forms(table: str) -> dict[str, str]:
+    """Word -> singular or lemma, a table of assets/."""
+    return read_json(Path(__file__).parent / "assets" / table)["forms"]
+
+
 def check_unique(ids: list, rows: list[dict], name: str) -> dict:
     """id -> row. SystemExit naming both places if an id is there twice."""
     found = {}
@@ -98,11 +103,16 @@ def check_unique(ids: list, rows: list[dict], name: str) -> dict:
     return found
 
 
-def write_json(path: str | Path, data) -> None:
-    """Atomic: a killed run leaves the old file or the new one, never half of it."""
+def write_rows(path: str | Path, rows: list, indent: int | None = None) -> None:
+    """JSON Lines. Atomic: a killed run leaves the old file or the new one, never half of it."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(f"{path}.part").write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    lines = (json.dumps(row, indent=indent, ensure_ascii=False) + "\n" for row in rows)
+    Path(f"{path}.part").write_text("".join(lines), encoding="utf-8")
     os.replace(f"{path}.part", path)
+
+
+def write_json(path: str | Path, data) -> None:
+    write_rows(path, [data], indent=1)
 
 
 class Part(NamedTuple):
@@ -162,10 +172,7 @@ def compare(a: Part, b: Part) -> dict:
 
 
 def header(scorer: str, protocol: str, paths: list[str], rows: list[dict], n_expected: int | None = None) -> dict:
-    """The part of a result that all scorers share; what the files do not say is None.
-
-    `generation` is what generate.py wrote beside its answers: adapter hash, decoding, template, image mode.
-    """
+    """What all results share, None where the files do not say; `generation` is what generate.py wrote beside them."""
     n, tokens, ends = len(rows), [r.get("n_tokens") for r in rows], [r.get("finish") for r in rows]
     beside = [Path(path).with_suffix(".settings.json") for path in paths]
     settings = [read_json(path) if path.is_file() else None for path in beside]
@@ -174,19 +181,15 @@ def header(scorer: str, protocol: str, paths: list[str], rows: list[dict], n_exp
     if n_expected not in (None, n):
         warnings.append(f"{n} rows, the official set has {n_expected}: not comparable with published numbers")
     return {
-        "scorer": scorer,
-        "protocol": protocol,
+        "scorer": scorer, "protocol": protocol,
         "answers": [{"path": str(path), "sha256": sha256(Path(path).read_bytes())} for path in paths],
-        "n": n,
-        "n_expected": n_expected,
-        "n_empty": empty,
+        "n": n, "n_expected": n_expected, "n_empty": empty,
         "mean_words": sum(len(r["answer"].split()) for r in rows) / n if n else None,
         "mean_tokens": None if None in tokens or not n else sum(tokens) / n,
         "share_at_token_limit": None if None in ends or not n else ends.count("length") / n,
         "generation": settings[0] if len(settings) == 1 else settings,
-        "bootstrap": {"seed": SEED, "resamples": RESAMPLES, "level": 0.95, "unit": "rows"},
-        "warnings": warnings,
-    }
+        "bootstrap": {"seed": SEED, "resamples": RESAMPLES, "level": 0.95, "unit": "rows"}, "warnings": warnings,
+    }  # fmt: skip
 
 
 def show(value) -> str:

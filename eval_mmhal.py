@@ -24,11 +24,6 @@ SCORER = "eval_mmhal.py 1"
 N = 96
 TYPES = ("attribute", "adversarial", "comparison", "counting", "relation", "environment", "holistic", "other")
 OFFICIAL_PROMPT = "2c73d8c50f1740d000fae62cfeed103c2f7a5bcfa904b27e6e09900e7ce600cc"
-DENOMINATORS = {
-    "score": "sum of ratings / 96",
-    "hallucination_rate": "ratings below 3 / 96; a reply without exactly one rating counts as 0",
-    "informativeness": "sum of (rating - 3 if rating >= 3 else rating) / 3 / 96 (RLHF-V's addition)",
-}
 
 
 def rating(reply: str) -> int | None:
@@ -42,14 +37,12 @@ def mmhal_metrics(s: dict) -> dict:
     return {
         "score": ratio(s["score"], s["rows"]),
         "hallucination_rate": ratio(s["hallucinated"], s["rows"]),
-        "informativeness": ratio(s["informative"], 3 * s["rows"]),
+        "informativeness": ratio(s["informative"], 3 * s["rows"]),  # RLHF-V's addition
     }
 
 
 def mmhal_part(scores: list[int]) -> Part:
-    counts = [
-        {"rows": 1, "score": s, "hallucinated": int(s < 3), "informative": s - 3 if s >= 3 else s} for s in scores
-    ]
+    counts = [{"rows": 1, "score": s, "hallucinated": int(s < 3), "informative": s - 3 * (s >= 3)} for s in scores]
     return Part(list(range(len(scores))), counts, mmhal_metrics)
 
 
@@ -81,10 +74,8 @@ def match(rows: list[dict], template: list[dict]) -> None:
     for i, (row, record) in enumerate(zip(rows, template, strict=True)):
         asked = row.get("question") or row.get("prompt") or ""
         if record["question"].strip() not in asked:
-            raise SystemExit(
-                f"{row['_where']}: answers {asked!r}, but question {i} of the template is {record['question']!r}; "
-                "the answers must be in the template's order."
-            )
+            raise SystemExit(f"{row['_where']}: answers {asked!r}, but question {i} of the template is "
+                             f"{record['question']!r}; the answers must be in the template's order.")  # fmt: skip
 
 
 def not_empty(reply: str) -> None:
@@ -99,8 +90,7 @@ def judge(rows: list[dict], template: list[dict], prompt: str, args) -> list[dic
     for i, (row, record) in enumerate(zip(rows, template, strict=True)):
         slots = [", ".join(record["image_content"]), record["question"], record["gt_answer"], row["answer"]]
         content = start + "".join(slot + text for slot, text in zip(slots, [*between, end], strict=True))
-        message = {"role": "user", "content": content}
-        requests[str(i)] = {"model": args.model, "messages": [message], "temperature": 0}
+        requests[str(i)] = {"model": args.model, "messages": [{"role": "user", "content": content}], "temperature": 0}
     return eval_common.ask_all(requests, args.reviews, not_empty, args)
 
 
@@ -125,11 +115,9 @@ def score(path: str, args) -> tuple[dict, list[Part]]:
         except ValueError as error:
             raise SystemExit(f"{path}: review {i}: {error}; remove it and ask again.") from error
     scores = [found or 0 for found in ratings]
-    part = mmhal_part(scores)
     models = sorted({str(review.get("request_model") or review.get("model")) for review in reviews})
-    result = eval_common.header(
-        SCORER, f"MMHal-Bench, judge {', '.join(models)}", [args.answers] if rows else [], rows, N
-    )
+    protocol, part = f"MMHal-Bench, judge {', '.join(models)}", mmhal_part(scores)
+    result = eval_common.header(SCORER, protocol, [args.answers] if rows else [], rows, N)
     if not rows:
         result |= {"n": N, "n_empty": None, "generation": None, "warnings": []}
     if digest not in (None, OFFICIAL_PROMPT):
@@ -137,7 +125,6 @@ def score(path: str, args) -> tuple[dict, list[Part]]:
     if None in ratings:
         result["warnings"].append(f"{ratings.count(None)} replies without exactly one rating, counted as 0")
     result |= {
-        "denominators": DENOMINATORS,
         "judge": {"models": models, "prompt_sha256": digest, "prompt_official": digest and digest == OFFICIAL_PROMPT},
         "reviews": {"path": path, "n_without_rating": ratings.count(None)},
         **eval_common.summary(part),

@@ -29,13 +29,6 @@ VERSIONS = {
     "5b16653023bf4f64d57eb0d168259de6627f5cde7538b85ebed3cc33034aa6cc": "older (e3e3926) popular",
     "1d8f0906a9b50c05640f6f23abfac97523be2a1bed28f7eadc63b811699b2d26": "older (e3e3926) adversarial",
 }
-DENOMINATORS = {
-    "accuracy": "right answers / questions",
-    "precision": "yes and right / answered yes",
-    "recall": "yes and right / questions whose answer is yes",
-    "f1": "2 P R / (P + R)",
-    "yes_ratio": "answered yes / questions",
-}
 
 
 def yes_or_no(answer: str) -> str:
@@ -58,23 +51,17 @@ def pope_metrics(s: dict) -> dict:
 
 
 def pope_counts(said: list[str], truth: list[str]) -> list[dict[str, int]]:
+    """One 1 for each pair of "yes" or "no"."""
     kinds = {"tp": ("yes", "yes"), "fp": ("yes", "no"), "tn": ("no", "no"), "fn": ("no", "yes")}
     return [{name: int(pair == kind) for name, kind in kinds.items()} for pair in zip(said, truth, strict=True)]
-
-
-def pope_scores(said: list[str], truth: list[str]) -> dict:
-    """Metrics and counts of "yes"/"no" lists in the same order."""
-    counts = pope_counts(said, truth)
-    return eval_common.values(Part([], counts, pope_metrics)) | eval_common.sums(counts)
 
 
 def match(rows: list[dict], labels: list[dict]) -> list[dict]:
     """The answer to each label, by question_id where all rows have one, else by order."""
     files = f"{rows[0]['_where']} and {labels[0]['_where']}"
     if all("question_id" in row for row in rows + labels):
-        answered, wanted = (
-            eval_common.check_unique([row["question_id"] for row in some], some, "question") for some in (rows, labels)
-        )
+        answered, wanted = (eval_common.check_unique([row["question_id"] for row in some], some, "question")
+                            for some in (rows, labels))  # fmt: skip
         for odd, lack in ((wanted.keys() - answered, "answer"), (answered.keys() - wanted, "label")):
             if some := sorted(odd, key=str)[:3]:
                 raise SystemExit(f"{files} on: {len(odd)} questions have no {lack}, such as {some}; complete both.")
@@ -102,14 +89,10 @@ def score_split(path: str, labels_path: str) -> tuple[dict, list[dict], Part]:
     part = Part(ids, pope_counts(said, [label["label"] for label in labels]), pope_metrics)
     digest = eval_common.sha256(Path(labels_path).read_bytes())
     split = {
-        "labels": str(labels_path),
-        "labels_sha256": digest,
-        "labels_version": VERSIONS.get(digest),
-        "n": len(rows),
-        "counts": eval_common.sums(part.rows),
-        **eval_common.summary(part),
+        "labels": str(labels_path), "labels_sha256": digest, "labels_version": VERSIONS.get(digest),
+        "n": len(rows), "counts": eval_common.sums(part.rows), **eval_common.summary(part),
         "rows": [{"id": key, "said": word} for key, word in zip(ids, said, strict=True)],
-    }
+    }  # fmt: skip
     return split, rows, part
 
 
@@ -118,21 +101,20 @@ def score(paths: list[str], labels: list[str]) -> tuple[dict, list[Part]]:
     splits = {Path(label).stem: split for label, (split, _, _) in zip(labels, scored, strict=True)}
     if len(splits) < len(labels):
         raise SystemExit(f"--labels names a split twice: {', '.join(labels)}.")
-    every_row, parts = [row for _, rows, _ in scored for row in rows], [part for _, _, part in scored]
+    every_row, parts = [row for _, rows, _ in scored for row in rows], [part for *_, part in scored]
     protocol = "POPE" + (f", mean over {len(parts)} splits" if len(parts) > 1 else f", {next(iter(splits))}")
     result = eval_common.header(SCORER, protocol, paths, every_row, sum(len(part.ids) for part in parts))
     # each split is drawn on its own: its questions are another sample
     samples = [eval_common.bootstrap(part, eval_common.SEED + i) for i, part in enumerate(parts)]
-    metrics = {}
-    for name in DENOMINATORS:
+    metrics, intervals = {}, {}
+    for name in samples[0]:
         found = [split["metrics"][name] for split in splits.values()]
         metrics[name] = None if None in found else sum(found) / len(found)
-    intervals = {name: eval_common.interval(np.mean([s[name] for s in samples], axis=0)) for name in DENOMINATORS}
+        intervals[name] = eval_common.interval(np.mean([s[name] for s in samples], axis=0))
     versions = {(split["labels_version"] or "unknown").split()[0] for split in splits.values()}
     if len(versions) > 1 or "unknown" in versions:
         result["warnings"].append(f"label files: {', '.join(sorted(versions))} (not one official version)")
-    result |= {"denominators": DENOMINATORS, "metrics": metrics, "intervals": intervals, "splits": splits}
-    return result, parts
+    return result | {"metrics": metrics, "intervals": intervals, "splits": splits}, parts
 
 
 def main(argv: list[str] | None = None) -> None:

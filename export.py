@@ -101,11 +101,9 @@ def export_name(name: str, table: list[tuple[str, str]]) -> str:
     return re.sub(r"(encoder\.layers\.\d+\.)fc", r"\1mlp.fc", name)
 
 
-Source = Callable[[str], Tensor]  # the tensor of a name, made when asked for
-
-
-def write_shards(folder: Path, shapes: dict[str, tuple], dtype: torch.dtype, tensor: Source, limit=SHARD_BYTES) -> None:
-    """model.safetensors, or shards of at most `limit` bytes (a larger tensor has its own) and their index."""
+def write_shards(folder: Path, shapes: dict[str, tuple], dtype: torch.dtype, tensor: Callable[[str], Tensor],
+                 limit: int = SHARD_BYTES) -> None:  # fmt: skip
+    """model.safetensors, or an index and shards of at most `limit` bytes (or one tensor); tensor(name) makes each."""
     shards, room = [{}], limit
     for name, shape in shapes.items():
         size = math.prod(shape) * dtype.itemsize
@@ -204,8 +202,7 @@ def write_tokenizer(folder: Path, out: Path, c: Config) -> None:
     if image_id != c.image_id:
         raise SystemExit(f"{folder}: <image> is {image_id} in the tokenizer and {c.image_id} in config.json")
     bos, eos, pad = (tokenizer.id_to_token(i) for i in (c.bos_id, c.eos_id, c.pad_id))
-    special = [(bos, c.bos_id)]
-    tokenizer.post_processor = processors.TemplateProcessing(f"{bos} $A", f"{bos} $A {bos} $B", special)
+    tokenizer.post_processor = processors.TemplateProcessing(f"{bos} $A", f"{bos} $A {bos} $B", [(bos, c.bos_id)])
     tokenizer.save(str(out / "tokenizer.json"))
     # the fast class reads tokenizer.json as it is; LlamaTokenizer may rebuild it with another rule for blanks
     write_json(out / "tokenizer_config.json", dict(
@@ -284,7 +281,8 @@ def compare(name: str, a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> fl
     return logits
 
 
-def export(args: argparse.Namespace) -> None:
+def main(argv=None) -> None:
+    args = parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folder, out = weights.resolve(args.base, args.weights), args.out
     part = out.with_name(out.name + ".part")
@@ -320,10 +318,6 @@ def export(args: argparse.Namespace) -> None:
     finally:
         shutil.rmtree(part, ignore_errors=True)
     print(f"{out}: {', '.join(sorted(f.name for f in out.iterdir()))}")
-
-
-def main(argv=None) -> None:
-    export(parse_args(argv))
 
 
 if __name__ == "__main__":

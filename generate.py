@@ -38,7 +38,7 @@ import weights
 from data import Processor
 from lora import load_adapter, merge_lora
 from model import LLaVA, causal
-from questions import picture_problem, read_begun, read_questions, write_rows
+from questions import picture_problem, read_begun, read_questions
 from readers import SYSTEM, bare_question
 
 # ---- decoding ------------------------------------------------------------------------------------------------------
@@ -273,13 +273,13 @@ def answer_file(args: argparse.Namespace) -> None:
         done |= read_begun(file, questions, settings)
     todo = {key: questions[key] for key in keys if key not in done}
     eval_common.write_json(out.with_suffix(".settings.json"), settings)
-    write_rows(out, list(done.values()))  # without a line that was cut off
+    eval_common.write_rows(out, list(done.values()))  # without a line that was cut off
     if todo:
         model = load_model(args)
         with open(out, "a", encoding="utf-8") as log, tqdm(total=len(keys), initial=len(done), disable=None) as bar:
             done |= ask(model, processor, todo, paths, args, bar, log)
     rows = [done[key] for key in keys]
-    write_rows(out, rows)  # in the order of the questions, as some scorers want them
+    eval_common.write_rows(out, rows)  # in the order of the questions, as some scorers want them
     tokens, cut = sum(row["n_tokens"] for row in rows), sum(row["finish"] == "length" for row in rows)
     print(f"{out}: {len(rows)} answers, {len(todo)} of them new; {tokens / max(1, len(rows)):.1f} tokens on average, "
           f"{cut} ended by --max-new-tokens")  # fmt: skip
@@ -292,8 +292,7 @@ def load_processor(args: argparse.Namespace) -> Processor:
     folder = weights.resolve(args.base, args.weights)
     _, vision = weights.checkpoint_tensors(folder, args.vision_weights)
     processor = weights.load_processor(folder, weights.read_config(folder, vision))
-    image = replace(processor.template.image, mode=args.image_mode)
-    processor.template = replace(processor.template, image=image)
+    processor.template = replace(processor.template, image=replace(processor.template.image, mode=args.image_mode))
     return processor
 
 

@@ -83,10 +83,8 @@ def download(repository: str, patterns: tuple[str, ...], repo_type: str = "datas
 
 
 def join(name: str, rows: Path, images: set[str], image_root: Path | None) -> dict[str, Path]:
-    """Image paths as stored -> picture files, by stem. SystemExit if fewer than 99 % are found.
-
-    Looked for in image_root, else in the set's own repository or that of its pictures.
-    """
+    """Image paths as stored -> picture files, by stem, in image_root, else in the set's own repository or that of its
+    pictures. SystemExit if fewer than 99 % are found."""
     pictures = NAMED.get(name, (name, None))[1]
     folder = image_root or (download(pictures, ARCHIVES + PICTURES) if pictures else rows)
     by_stem = defaultdict(list)

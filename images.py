@@ -81,8 +81,7 @@ def square(image: Image.Image, spec: ImageSpec) -> Image.Image:
     w, h = image.size
     s = spec.size
     if spec.mode == "crop":
-        short = min(w, h)
-        w, h = (s, int(s * h / w)) if w == short else (int(s * w / h), s)
+        w, h = (s, int(s * h / w)) if w <= h else (int(s * w / h), s)  # the shorter side becomes s
         left, top = (w - s) // 2, (h - s) // 2
         return image.resize((w, h), Image.Resampling.BICUBIC).crop((left, top, left + s, top + s))
     side = max(w, h)
@@ -178,13 +177,10 @@ def resized_crop(x: Tensor, top: int, left: int, h: int, w: int) -> Tensor:
     return F.interpolate(cropped, size=x.shape[1:], mode="bilinear", align_corners=False)[0]  # (3, S, S)
 
 
-DIFFUSION_STEP = 500  # of 1000
-
-
 def diffusion(x: Tensor, rng: Rng) -> Tensor:
     """Forward diffusion of the prepared tensor to step 500 of 1000, sigmoid noise schedule (VCD's contrast image)."""
     betas = torch.sigmoid(torch.linspace(-6, 6, 1000)) * (0.5e-2 - 1e-5) + 1e-5
-    kept = torch.cumprod(1 - betas, 0)[DIFFUSION_STEP]
+    kept = torch.cumprod(1 - betas, 0)[500]
     noise = torch.from_numpy(rng.standard_normal(x.shape, dtype=np.float32))
     return kept.sqrt() * x + (1 - kept).sqrt() * noise
 

@@ -62,8 +62,7 @@ def where(file: str, items: list, limit: int = 3) -> str:
 
 
 def check(args, pairs: list[Pair], problems: list[Problem], processor: data.Processor | None) -> None:
-    """Prints everything there is to know; exit status 1 if a row cannot be used. Without a base lengths are in words,
-    so nothing is too long, and of special tokens only <image> is known."""
+    """Prints all there is to know; exit status 1 if a row cannot be used. Without a base lengths are in words."""
     special, longest = (processor.special_texts, args.max_length) if processor else ([data.IMAGE_TOKEN], float("inf"))
     length = (lambda p: data.token_lengths(p, processor)) if processor else word_lengths
     lengths = [length(p) for p in tqdm(pairs, "texts", disable=None)]
@@ -74,8 +73,10 @@ def check(args, pairs: list[Pair], problems: list[Problem], processor: data.Proc
         if some:
             print(f"note: {len(some)} {kind}: {where(args.data, some)}")
     broken = {p.row for p in problems if p.reason != data.TOO_LONG}
-    print_pictures(args.data, [p for p in pairs if p.row not in broken])
-    print_lengths(args.data, pairs, lengths, bool(processor))
+    if opened := [p for p in pairs if p.row not in broken]:
+        print_pictures(args.data, opened)
+    if pairs:
+        print_lengths(args.data, pairs, lengths, bool(processor))
     bad = {p.row for p in problems}
     print(f"{args.data}: {len(bad)} of {len(bad | {p.row for p in pairs})} rows cannot be used")
     if bad:
@@ -83,8 +84,6 @@ def check(args, pairs: list[Pair], problems: list[Problem], processor: data.Proc
 
 
 def print_pictures(file: str, pairs: list[Pair]) -> None:
-    if not pairs:
-        return
     sizes, extreme = [], []
     for pair in pairs:
         with Image.open(images.readable(pair.image)) as image:  # reads the header only
@@ -99,8 +98,6 @@ def print_pictures(file: str, pairs: list[Pair]) -> None:
 
 
 def print_lengths(file: str, pairs: list[Pair], lengths: list[tuple[int, int, int]], in_tokens: bool) -> None:
-    if not pairs:
-        return
     n = np.array(lengths)  # (rows, 3)
     total = n[:, 0] + n[:, 1:].max(1)
     prompt = "image + prompt" if in_tokens else "prompt"
@@ -195,7 +192,7 @@ def measure(args: argparse.Namespace, pairs: list[Pair], processor: data.Process
           f"m_l by {args.rejected_image!r}, pictures of {processor.template.image.size} px")  # fmt: skip
 
 
-def parse_args(argv=None) -> argparse.Namespace:
+def main(argv=None) -> None:
     p = argparse.ArgumentParser("data.py", description=__doc__.split("\n")[0],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
     p.add_argument("data", help=f"preference file, folder, or hub data set ({', '.join(hub.NAMED)}, owner/name)")
@@ -214,11 +211,6 @@ def parse_args(argv=None) -> argparse.Namespace:
     args = p.parse_args(argv)
     if not args.base and not args.check:
         p.error("--show and --time need --base: its tokenizer and picture size")
-    return args
-
-
-def main(argv=None) -> None:
-    args = parse_args(argv)
     processor = load_processor(args.base) if args.base else None
     pairs, problems = read_pairs(args.data, args.image_root)
     if args.check:

@@ -16,8 +16,6 @@ Deviations from the benchmarks
 import argparse
 import base64
 import hashlib
-import json
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -105,33 +103,25 @@ def read_begun(file: Path, questions: dict[str, dict], settings: dict) -> dict[s
     return begun
 
 
-def write_rows(file: Path, rows: list[dict]) -> None:
-    """The whole file or none of it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(f"{file}.part")
-    part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    os.replace(part, file)
-
-
 # ---- making: one function per benchmark, its file -> rows ----------------------------------------------------------
 
 
 OFFICIAL = {  # benchmark: {sha256, or git's hash of the blob: version}, where the file is, where the pictures are
-    "objhal": ({
-        "e89c705f3cdebc35b7863878e059c88a97506767b87ad17014d58428ce6547a7": "RLHF-V",
-        "cb8e15a81a1ddf720f306fda0decefb1ed80c31f": "RLHF-V",
-    }, "eval/data/obj_halbench_300_with_image.jsonl of github.com/RLHF-V/RLHF-V (300 rows, 63.5 MB)", "beside it"),
-    "amber-generative": ({
-        "b7e4c36596126ee36d2c3922638b7fa98743c26efda78fea2315f4425258d087": "AMBER 534babf6",
-    }, "data/query/query_generative.json of github.com/junyangwang0410/AMBER (1,004 rows)", "see its README"),
-    "amber-discriminative": ({
-        "1502887ac020f4bb7ea564af4e37bddcb030d61b78490d00f9da492a2307abb8": "AMBER 534babf6",
-    }, "data/query/query_discriminative.json of github.com/junyangwang0410/AMBER (14,216 rows)", "see its README"),
+    "objhal": (
+        {"e89c705f3cdebc35b7863878e059c88a97506767b87ad17014d58428ce6547a7": "RLHF-V",
+         "cb8e15a81a1ddf720f306fda0decefb1ed80c31f": "RLHF-V"},
+        "eval/data/obj_halbench_300_with_image.jsonl of github.com/RLHF-V/RLHF-V (300 rows, 63.5 MB)", "beside it"),
+    "amber-generative": (
+        {"b7e4c36596126ee36d2c3922638b7fa98743c26efda78fea2315f4425258d087": "AMBER 534babf6"},
+        "data/query/query_generative.json of github.com/junyangwang0410/AMBER (1,004 rows)", "see its README"),
+    "amber-discriminative": (
+        {"1502887ac020f4bb7ea564af4e37bddcb030d61b78490d00f9da492a2307abb8": "AMBER 534babf6"},
+        "data/query/query_discriminative.json of github.com/junyangwang0410/AMBER (14,216 rows)", "see its README"),
     "pope": (eval_pope.VERSIONS, "output/coco/coco_pope_{random,popular,adversarial}.json of github.com/RUCAIBox/POPE "
              "(3,000 rows each; the older ones: its commit e3e3926)", "COCO val2014 (cocodataset.org)"),
-    "mmhal": ({
-        "28ed24e19ffef292597c35f1dad37760b2e0a088b3b40ca3b50f105fc1b951bb": "MMHal-Bench",
-    }, "response_template.json of huggingface.co/datasets/Shengcao1006/MMHal-Bench (96 rows)", "its test_data.zip"),
+    "mmhal": (
+        {"28ed24e19ffef292597c35f1dad37760b2e0a088b3b40ca3b50f105fc1b951bb": "MMHal-Bench"},
+        "response_template.json of huggingface.co/datasets/Shengcao1006/MMHal-Bench (96 rows)", "its test_data.zip"),
 }  # fmt: skip
 
 
@@ -217,7 +207,7 @@ def main(argv=None) -> None:
         if picture := row.pop("_picture", None):
             (args.out.parent / "images").mkdir(parents=True, exist_ok=True)
             (args.out.parent / row["image"]).write_bytes(picture)
-    write_rows(args.out, rows)
+    eval_common.write_rows(args.out, rows)
     print(f"{args.out}: {len(rows)} questions. Their pictures: {pictures} (a folder elsewhere is --image-root)")
 
 

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,9 +63,7 @@ def bare_question(text: str) -> str:
     if text.startswith(before) and text.endswith(after):
         text = text[len(before) : -len(after)]
     elif text.rstrip().endswith("ASSISTANT:"):
-        raise BadRow(
-            "prompt is in another template", f"it should be the question alone, or {before!r} + it + {after!r}"
-        )
+        raise BadRow("prompt is in another template", f"wanted: the question alone, or {before!r} + it + {after!r}")
     if text.count("<image>") > 1:
         raise BadRow("several <image>", "one picture per pair is supported")
     return text.replace("<image>", "").strip()
@@ -94,10 +93,6 @@ def checked_text(text, name: str) -> str:
 # ---- one function per format: a row as stored -> (image, question, chosen, rejected[, rejected image]) -------------
 
 
-def mdpo(row: dict) -> tuple:
-    return row["img_path"], row["prompt"], row["chosen"], row["rejected"]
-
-
 def conversations(row: dict) -> tuple:
     chosen, rejected = ([turn["value"] for turn in row[key]] for key in ("conversations", "rejected_conversations"))
     if [len(chosen), len(rejected)] != [2, 2]:
@@ -110,10 +105,6 @@ def conversations(row: dict) -> tuple:
 def rlhf_v(row: dict) -> tuple:
     text = json.loads(row["text"])
     return row["image"], text["question"], text["chosen"], text["rejected"]
-
-
-def rlaif_v(row: dict) -> tuple:
-    return row["image"], row["question"], row["chosen"], row["rejected"]
 
 
 def llamafactory(row: dict) -> tuple:
@@ -145,10 +136,10 @@ def plain(row: dict) -> tuple:
 
 
 FORMATS: dict[str, tuple[set[str], Callable[[dict], tuple]]] = {  # name: columns that tell it, reader; first fit wins
-    "mDPO": ({"img_path", "prompt", "chosen", "rejected"}, mdpo),
+    "mDPO": ({"img_path", "prompt", "chosen", "rejected"}, itemgetter("img_path", "prompt", "chosen", "rejected")),
     "PDS-DPO / POVID (LLaVA conversations)": ({"image", "conversations", "rejected_conversations"}, conversations),
     "RLHF-V": ({"image", "text"}, rlhf_v),
-    "RLAIF-V": ({"image", "question", "chosen", "rejected"}, rlaif_v),
+    "RLAIF-V": ({"image", "question", "chosen", "rejected"}, itemgetter("image", "question", "chosen", "rejected")),
     "LLaMA-Factory": ({"images", "conversations", "chosen", "rejected"}, llamafactory),
     "VLFeedback (ratings)": ({"img_path", "prompt", "completions"}, vlfeedback),
     "TRL": ({"images", "prompt", "chosen", "rejected"}, plain),
@@ -269,11 +260,8 @@ def read_row(row: dict, reader: Callable[[dict], tuple]) -> tuple:
 
 
 def read_pairs(data: Path | str, image_root: Path | None = None) -> tuple[list[Pair], list[Problem]]:
-    """Every row of a file, a folder or a hub data set (hub.py) as a Pair or a Problem.
-
-    SystemExit if the data or its columns are not known. Pictures of a local file lie in its folder or in image_root,
-    of a hub data set in what was downloaded or in image_root.
-    """
+    """Every row of a file, a folder or a hub data set (hub.py) as a Pair or a Problem. SystemExit if the data or its
+    columns are not known. Pictures lie in image_root, else in the file's folder or in what was downloaded."""
     from_hub = hub.is_name(data)
     folder = hub.fetch(str(data), with_pictures=image_root is None) if from_hub else Path(data)
     rows = (row for file in data_files(folder) for row in load_rows(file))

@@ -59,9 +59,8 @@ def cells(found: dict[str, dict]) -> list[str]:
     row = []
     for _, file, metric, factor, decimals in COLUMNS:
         result = found.get(file, {"metrics": {}, "protocol": ""})
-        value = result["metrics"].get(metric)
-        if result["protocol"] == "CHAIR 2018":  # another benchmark: its own captions, words and denominator
-            value = None
+        # CHAIR 2018 is another benchmark: its own captions, words and denominator
+        value = None if result["protocol"] == "CHAIR 2018" else result["metrics"].get(metric)
         row.append("-" if value is None else f"{value * factor:.{decimals}f}")
     return row
 
@@ -91,7 +90,6 @@ def table(runs: list[Path]) -> str:
 
 # ---- curves --------------------------------------------------------------------------------------------------------
 
-Log = list[dict]
 PANELS: list[tuple[str, Callable[[dict, float], float]]] = [  # title, what of a log row (and beta)
     ("loss", lambda row, beta: row["loss"]),
     ("reward margin, chosen − rejected", lambda row, beta: row["rewards/margins"]),
@@ -101,7 +99,7 @@ COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8
 W, H, LEFT, TOP, GAP = 330, 220, 60, 30, 75  # of a panel, in pixels; its margins
 
 
-def read_log(run: Path) -> tuple[Log, float]:
+def read_log(run: Path) -> tuple[list[dict], float]:
     """Rows of log.jsonl and beta. A last line that is being written is left out; a step logged twice counts once."""
     log, args = run / "log.jsonl", run / "args.json"
     if not log.is_file() or not args.is_file():

@@ -40,22 +40,17 @@ HUB_FILES = (*SMALL_FILES, "*.safetensors", "*.bin")
 
 LAYOUTS = {  # layout: (a prefix that only it has, [(the file's prefix, ours)])
     "hub": ("language_model.model.", [
-        ("language_model.model.", "language_model."),
-        ("language_model.lm_head.", "lm_head."),
-        ("multi_modal_projector.linear_1.", "mm_projector.0."),
-        ("multi_modal_projector.linear_2.", "mm_projector.2."),
+        ("language_model.model.", "language_model."), ("language_model.lm_head.", "lm_head."),
+        ("multi_modal_projector.linear_1.", "mm_projector.0."), ("multi_modal_projector.linear_2.", "mm_projector.2."),
     ]),
     "transformers": ("model.language_model.", [
-        ("model.language_model.", "language_model."),
+        ("model.language_model.", "language_model."), ("model.vision_tower.", "vision_tower."),
         ("model.multi_modal_projector.linear_1.", "mm_projector.0."),
         ("model.multi_modal_projector.linear_2.", "mm_projector.2."),
-        ("model.vision_tower.", "vision_tower."),
     ]),
     "original": ("model.layers.", [
-        ("model.mm_projector.", "mm_projector."),
-        ("model.vision_tower.", "vision_tower."),
-        ("model.final_layernorm.", "language_model.norm."),
-        ("model.", "language_model."),
+        ("model.mm_projector.", "mm_projector."), ("model.vision_tower.", "vision_tower."),
+        ("model.final_layernorm.", "language_model.norm."), ("model.", "language_model."),
     ]),
     "vision": ("vision_model.", [("vision_model.", "vision_tower.")]),  # a CLIP or SigLIP folder of its own
 }  # fmt: skip
@@ -320,10 +315,9 @@ NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
 def varint(data: bytes, at: int) -> tuple[int, int]:
     value = shift = 0
     while True:
-        byte = data[at]
-        value |= (byte & 0x7F) << shift
+        value |= (data[at] & 0x7F) << shift
         at, shift = at + 1, shift + 7
-        if byte < 0x80:
+        if data[at - 1] < 0x80:
             return value, at
 
 
@@ -365,12 +359,10 @@ def read_sentencepiece(file: Path) -> Tokenizer:
     merges = [(a, b) for *_, a, b in sorted(splits)]
     unknown = next(piece for piece, _, kind in pieces if kind == UNKNOWN)
     tokenizer = Tokenizer(BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
-    steps = [normalizers.Prepend("▁")] if dummy_prefix else []
-    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
-    strip = [decoders.Strip(" ", 1, 0)] if dummy_prefix else []
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    )
+    prepend, strip = ([normalizers.Prepend("▁")], [decoders.Strip(" ", 1, 0)]) if dummy_prefix else ([], [])
+    tokenizer.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", "▁")])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    tokenizer.decoder = decoders.Sequence(steps)
     tokenizer.add_special_tokens([AddedToken(p, special=True, normalized=False)
                                   for p, _, kind in pieces if kind in (UNKNOWN, CONTROL)])  # fmt: skip
     return tokenizer

@@ -5,7 +5,13 @@ import json
 import pytest
 
 import eval_pope
-from eval_pope import pope_scores, yes_or_no
+from eval_common import Part, sums, values
+from eval_pope import pope_counts, pope_metrics, yes_or_no
+
+
+def pope_scores(said: list[str], truth: list[str]) -> dict:
+    counts = pope_counts(said, truth)
+    return values(Part([], counts, pope_metrics)) | sums(counts)
 
 
 def write(path, rows: list[dict]) -> str:
