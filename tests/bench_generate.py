@@ -92,6 +92,7 @@ def main(argv=None) -> None:
             start, cpu = time.perf_counter(), time.process_time()
             answers[name] = side()
             seconds[name].append((time.perf_counter() - start, time.process_time() - cpu))
+            print(f"{name}: {seconds[name][-1][0]:.1f} s, CPU {seconds[name][-1][1]:.1f} s", flush=True)
     print(f"{args.captions} captions of {args.tokens} tokens, batch {args.batch}, {args.device} {args.dtype}, "
           f"{torch.get_num_threads()} threads")  # fmt: skip
     wall, cpu = ({name: [run[i] for run in runs] for name, runs in seconds.items()} for i in (0, 1))
