@@ -46,8 +46,7 @@ from model import BASES, LLaVA
 from readers import SYSTEM, read_pairs
 from weights import load_base, load_tokenizer
 
-# Tuned on seed 100 so that DPO's captions stay sentences, then frozen (docs/results.md); the rest is the paper's:
-# beta 0.1, 3 epochs, batch 32 ...
+# Tuned on seed 100 so that DPO's captions stay sentences, then frozen (docs/results.md); the rest is the paper's.
 SETTINGS = dict(lr=3e-4, lora_r=16, lora_alpha=32.0, micro_batch=32, workers=0)
 WORLD = dict(
     scenes=6000, close_ups=0.3, invented=0.7, omitted=0.08,  # what the base learns from
@@ -286,9 +285,9 @@ def evaluate(world: Path, adapter: Path | None, scenes: list[Scene], seed: int) 
     greedy, drawn = captions(model, processor, scenes), scenes * WORLD["test_samples"]
     grounded, c = grounding(captions(model, processor, drawn, 1.0, seed), drawn)
     chair = chair_scores([mentions(text) for text in greedy], [set(scene.objects) for scene in scenes])
-    chair_i = 100 * (chair["chair_i"] or 0.0)  # None: not one object named
-    return {"CHAIR_s": 100 * chair["chair_s"], "CHAIR_i": chair_i, "coverage": 100 * chair["recall"],
-            "objects": chair["mean_objects"], "chosen": change, "d'": grounded, "c": c}, greedy  # fmt: skip
+    return {"CHAIR_s": 100 * chair["chair_s"], "CHAIR_i": 100 * (chair["chair_i"] or 0.0),  # None: no object named
+            "coverage": 100 * chair["recall"], "objects": chair["mean_objects"], "chosen": change, "d'": grounded,
+            "c": c}, greedy  # fmt: skip
 
 
 def print_table(tables: list[dict[str, dict]]) -> None:
@@ -331,8 +330,8 @@ def draw_captions(scenes: list[Scene], texts: dict[str, list[str]], file: Path) 
 
 # ---- runs ----------------------------------------------------------------------------------------------------------
 
-NO_IMAGE = dict(recipe="dpo-no-image", terms=["dpo"])
-ROWS = {"DPO": dict(recipe="dpo", terms=["dpo"]), "DPO (No Image)": NO_IMAGE, "mDPO": {}}  # changes of mDPO's settings
+DPO = dict(recipe="dpo", terms=["dpo"])  # what differs from mDPO
+ROWS = {"DPO": DPO, "DPO (No Image)": DPO | dict(recipe="dpo-no-image"), "mDPO": {}}
 CONTROLS = {
     "mDPO -conditional": dict(terms=["dpo", "ancpo"]),
     "mDPO -anchored": dict(terms=["dpo", "copo"]),
@@ -346,8 +345,9 @@ def run(args: argparse.Namespace, train: Callable[[argparse.Namespace], Path]) -
     """What `train.py --base toy` does: the demo, or one recipe on the toy base. `train` trains one recipe."""
     if args.weights:
         raise SystemExit("--weights: the toy base is trained here. For one that is ready, give its folder as --base.")
-    root = args.out.parent if args.out else Path("runs")
-    demo, start = root / f"toy-demo-{args.seed}", time.perf_counter()
+    torch.set_num_threads(1)  # models this small gain little from a second, and waiting for a shared core costs minutes
+    root, start = args.out.parent if args.out else Path("runs"), time.perf_counter()
+    demo = root / f"toy-demo-{args.seed}"
     if args.demo:
         folder = args.out or demo
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -357,15 +357,14 @@ def run(args: argparse.Namespace, train: Callable[[argparse.Namespace], Path]) -
     else:
         world = demo if (demo / "world.json").is_file() else root / f"toy-world-{args.seed}"
         make_world(world, args.seed)
-        data = args.data or world / "pairs" / "train.jsonl"
-        train(argparse.Namespace(**vars(args) | dict(weights=world / "base", data=data)))
+        own = dict(weights=world / "base", data=args.data or world / "pairs" / "train.jsonl")
+        train(argparse.Namespace(**vars(args) | own))
 
 
 def run_rows(args: argparse.Namespace, train: Callable, world: Path, rows: dict[str, dict]) -> dict[str, dict]:
     """Trains and scores each row, args with its changes, beside the base; writes table.json and captions.png."""
-    rng = np.random.default_rng((args.seed, 2))
+    rng, table, texts, adapter = np.random.default_rng((args.seed, 2)), {}, {}, None
     scenes = [draw_scene(rng) for _ in range(WORLD["test_scenes"])]
-    table, texts, adapter = {}, {}, None
     for name, changes in ({"base": {}} | rows).items():
         print(f"\n{name}")
         if name != "base":
@@ -382,6 +381,7 @@ def main(argv=None) -> None:
     """The study: all rows and controls for each seed; study.json, and a folder like the demo's per seed."""
     import train  # here, as train.py imports this file
 
+    torch.set_num_threads(1)  # as in run
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--study", action="store_true", required=True, help="all rows with their controls, several seeds")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
