@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
+torch.set_num_threads(1)  # the models are tiny: two threads only wait for each other, most of all on a busy machine
 SIZES = dict(width=32, ffn=48, layers=2, heads=4, kv_heads=2, v_width=16, v_ffn=24, v_layers=3, image=28, patch=14)
 QUESTIONS = ("What is in the picture?", "How many people are there?", "Describe it.", "Is it blue?", "Where is this?")
 ANSWERS = ("A red square on a green field.", "Two dogs.", "It shows a long road, some trees and a house.", "No.", "Yes")
