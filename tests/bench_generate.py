@@ -1,6 +1,6 @@
 """Seconds for 64 greedy captions of 128 tokens: ours, transformers' generate in the same batches, and one at a time.
 
-    python tests/bench_generate.py --batch 16 --rounds 3
+    PYTHONPATH=. python tests/bench_generate.py --batch 16 --rounds 3
 
 Random weights of the mini shape (vision 256/1024/4/4, decoder 512/1376/8/8, vocabulary 32,064, 576 image tokens),
 no end token, so that all write 128. The three take turns. Not collected by pytest; results stand in docs/results.md.
