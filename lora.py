@@ -53,12 +53,10 @@ class LoRALinear(nn.Module):
         y = self.base(x)
         if not self.enabled:
             return y
-        if not torch.is_autocast_enabled(
-            x.device.type
-        ):  # autocast brings A and B to x's dtype; x is shared, not copied
+        if not torch.is_autocast_enabled(x.device.type):  # under it A and B are cast instead: x is shared, not copied
             x = x.to(self.lora_A.dtype)
-        update = F.linear(F.linear(x, self.lora_A), self.lora_B)  # (..., in) -> (..., r) -> (..., out)
-        return y + (self.scaling * update).to(y.dtype)
+        low = self.scaling * F.linear(x, self.lora_A)  # (..., in) -> (..., r); scaled here, where it is small
+        return y.add_(F.linear(low, self.lora_B))  # (..., r) -> (..., out); in place: nobody else reads y
 
 
 def scaling_of(r: int, alpha: float, rslora: bool = False) -> float:

@@ -53,23 +53,30 @@ class SpanAttention:
     """One SDPA call per span; any device and dtype."""
 
     def __init__(self, spans: list[Span]):
-        self.spans = spans
+        self.spans, self.masks = spans, {}
+
+    def mask(self, s: Span, q: Tensor) -> Tensor:
+        """(R, K) over the keys from the prefix's first to the span's last; one for all layers."""
+        if s not in self.masks:
+            own = s.start - s.prefix  # query i is key own + i: bottom-right, where SDPA's is_causal is top-left
+            mask = torch.full((s.length, own + s.length), -torch.inf, dtype=q.dtype, device=q.device).triu(own + 1)
+            mask[:, s.prefix_length : own] = -torch.inf  # the other response, between prompt and span
+            self.masks[s] = mask
+        return self.masks[s]
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (1, H, T, D), k and v (1, Hkv, T, D) -> (1, H, T, D)."""
-        out = []
+        out, gqa = [], q.shape[1] != k.shape[1]
         for s in self.spans:
             own = slice(s.start, s.start + s.length)
-            if not s.prefix_length:
+            if s.prefix_length:
+                seen = slice(s.prefix, own.stop)  # a view: cheaper than copies of the prompt's keys and values
+                args, mask = (q[:, :, own], k[:, :, seen], v[:, :, seen]), self.mask(s, q)
+                out.append(F.scaled_dot_product_attention(*args, attn_mask=mask, enable_gqa=gqa))
+            else:
                 out.append(causal(q[:, :, own], k[:, :, own], v[:, :, own]))
-                continue
-            before = slice(s.prefix, s.prefix + s.prefix_length)
-            keys, values = (torch.cat([x[:, :, before], x[:, :, own]], dim=2) for x in (k, v))  # (1, Hkv, P+R, D)
-            # Query i is the row's key P + i: bottom-right, where SDPA's own is_causal is top-left.
-            mask = torch.ones(s.length, keys.shape[2], dtype=torch.bool, device=q.device).tril(s.prefix_length)
-            gqa = q.shape[1] != k.shape[1]
-            out.append(F.scaled_dot_product_attention(q[:, :, own], keys, values, attn_mask=mask, enable_gqa=gqa))
-        return torch.cat(out, dim=2)  # spans lie end to end: (1, H, T, D)
+        # spans lie end to end; joined as (1, T, H, D), the layout in which the heads of a token are neighbours
+        return torch.cat([o.transpose(1, 2) for o in out], dim=1).transpose(1, 2)  # (1, H, T, D)
 
 
 class VarlenAttention:

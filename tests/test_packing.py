@@ -153,8 +153,8 @@ def test_varlen_call_fits_every_supported_signature():
 
 def test_fused_logps_equal_log_softmax():
     torch.manual_seed(0)
-    for rows in (1, 7, fused.CHUNK + 3):  # more than one chunk
-        hidden = torch.randn(rows, 6, requires_grad=True)
+    for rows, size in ((1, 1), (7, 100), (fused.CHUNK + 3, 1)):  # logits of 1,000 do not overflow; more than one chunk
+        hidden = (size * torch.randn(rows, 6)).requires_grad_()
         weight, targets = torch.randn(11, 6) * 3, torch.randint(11, (rows,))
         plain = (hidden @ weight.T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
         fast = fused.token_logps(hidden, weight, targets)
