@@ -13,6 +13,7 @@ recomputation, padding and prompts scored twice are not useful. `--peer` runs te
 
 import argparse
 import contextlib
+import itertools
 import json
 import subprocess
 import sys
@@ -218,6 +219,12 @@ def settings_of(cuda: bool, layers: int) -> dict[str, dict]:
     return rows | {"recomputed": full | dict(recompute=layers), "plain": dict(pack=False, cached=False)}
 
 
+def peer_settings(cuda: bool, objective: str):
+    """(micro-batch, head, recomputation) of TRL's rows: what its users can choose; its dpo always chunks the head."""
+    heads = [[], ["--chunked-head"]] if objective == "mdpo" else [[]]
+    return itertools.product((1, 4), heads, [[], ["--checkpointing"]] if cuda else [[]])
+
+
 def parse_args(argv=None) -> argparse.Namespace:
     p = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -228,12 +235,13 @@ def parse_args(argv=None) -> argparse.Namespace:
     p.add_argument("--tokenizer", type=Path, help="tokenizer.json; without it lengths are estimated and ids random")
     p.add_argument("--setting", help="only this row of the table")
     p.add_argument("--plain", action="store_const", const="plain", dest="setting", help="same as --setting plain")
+    p.add_argument("--longest", action="store_true", help="only the pair with the longest answers")
     p.add_argument("--passes", type=int, default=3, help="timed passes over the data")
     p.add_argument("--repeats", type=int, default=1, help="times every setting is run, in turns")
     p.add_argument("--tokens-per-batch", type=int, default=8192, help="packed tokens per forward")
     p.add_argument("--micro-batch", type=int, help="pairs per forward instead (default: by tokens; plain path 1)")
     p.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
-    p.add_argument("--peer", action="store_true", help="also run tests/peer_trl.py at micro-batch 1 and 4 (needs trl)")
+    p.add_argument("--peer", action="store_true", help="also run tests/peer_trl.py, all its settings (needs trl)")
     p.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     return p.parse_args(argv)
 
@@ -243,6 +251,7 @@ def one_setting(args: argparse.Namespace) -> dict:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pairs, problems = read_pairs(args.data)
     kept = [r for r in pairs if min(len(r.chosen.split()), len(r.rejected.split())) > 3]
+    kept = [max(kept, key=lambda r: len(r.chosen) + len(r.rejected))] if args.longest else kept
     tokenizer = Tokenizer.from_file(str(args.tokenizer)) if args.tokenizer else Words()
     config = SHAPES[args.shape]
     data = PairData(kept, Processor(tokenizer, config), "crop" if args.objective == "mdpo" else None)
@@ -280,9 +289,10 @@ def main(argv=None) -> None:
     if args.peer:
         same = [f"--{flag}={getattr(args, flag)}" for flag in ("shape", "objective", "data", "passes", "dtype")]
         same += [f"--tokenizer={args.tokenizer}"] if args.tokenizer else []
-        commands |= {
-            f"TRL, micro-batch {m}": [str(here / "tests" / "peer_trl.py"), *same, f"--micro={m}"] for m in (1, 4)
-        }
+        same += ["--longest"] if args.longest else []
+        for micro, head, recompute in peer_settings(cuda, args.objective):
+            name = " ".join([f"TRL, micro-batch {micro}", *head, *recompute])
+            commands[name] = [str(here / "tests" / "peer_trl.py"), *same, f"--micro={micro}", *head, *recompute]
     runs = defaultdict(list)
     for name in tqdm(list(commands) * args.repeats, "settings", disable=None):
         if row := in_a_process(commands[name]):

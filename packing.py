@@ -97,7 +97,8 @@ class VarlenAttention:
         k, v = (x.repeat_interleave(g, dim=1) if g > 1 else x for x in (k, v))
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (1, H, T, D) -> (T, H, D)
         k, v = k.index_select(0, self.index), v.index_select(0, self.index)  # (T_k, H, D)
-        # (-1, 0) is causal; with unequal lengths flash aligns it bottom-right, as the spans need it
+        # (-1, 0) is causal; with unequal lengths flash aligns it bottom-right, as the spans need it. cu_q and cu_k are
+        # two tensors even where they are equal: given one for both, torch may take cuDNN, which aligns it top-left.
         return (q, k, v, self.cu_q, self.cu_k, self.max_q, self.max_k), {"window_size": (-1, 0)}
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -50,8 +50,8 @@ TEMPLATE = (
 )
 
 
-def rows_of(data: Path) -> list[dict]:
-    """The rows bench.py keeps: both answers longer than three words."""
+def rows_of(data: Path, longest: bool) -> list[dict]:
+    """The rows bench.py keeps: both answers longer than three words, or of those the one with the longest answers."""
     file = data / "preferences.json" if data.is_dir() else data
     rows = []
     for row in json.loads(file.read_text()):
@@ -66,7 +66,8 @@ def rows_of(data: Path) -> list[dict]:
             rows.append({"images": [str(file.parent / row["image"])], "chosen": say("assistant", chosen.strip()),
                          "prompt": say("user", question.replace("<image>", "").strip()),
                          "rejected": say("assistant", rejected.strip())})  # fmt: skip
-    return rows
+    letters = [len(r["chosen"][0]["content"]) + len(r["rejected"][0]["content"]) for r in rows]
+    return [rows[letters.index(max(letters))]] if longest else rows
 
 
 def build(shape: str, tokenizer_file: Path, dtype: torch.dtype, device: str):
@@ -101,7 +102,12 @@ class InOrder(DPOTrainer):
 class MDPO(InOrder):
     """L_DPO + L_CoPO + L_AncPO; TRL computes (m_w, q, y_w) and (m_w, q, y_l) in one padded batch, so do we here."""
 
+    chunked_head = False
+
     def logps(self, model, inputs: dict, mask) -> torch.Tensor:
+        if self.chunked_head:
+            labels = inputs["input_ids"].masked_fill(mask == 0, -100)
+            return model(**inputs, labels=labels, fused_lm_head=True, use_cache=False).log_probs.sum(1)
         logits = model(**inputs, use_cache=False).logits[:, :-1]
         return (selective_log_softmax(logits, inputs["input_ids"][:, 1:]) * mask[:, 1:]).sum(1)
 
@@ -153,9 +159,11 @@ def main(argv=None) -> None:
     p.add_argument("--passes", type=int, default=3)
     p.add_argument("--dtype", default="float32")
     p.add_argument("--checkpointing", action="store_true")
+    p.add_argument("--chunked-head", action="store_true", help="mdpo through TRL's head without full logits")
+    p.add_argument("--longest", action="store_true", help="only the pair with the longest answers")
     args = p.parse_args(argv)
     cuda = torch.cuda.is_available()
-    rows = rows_of(args.data)
+    rows = rows_of(args.data, args.longest)
     warm = -(-len(rows) // args.micro)  # at least one pass
     timed = len(rows) * -(-args.passes // args.micro)  # any len(rows) steps in a row see every row `micro` times
     copies = -(-(warm + timed) * args.micro // len(rows))
@@ -174,12 +182,14 @@ def main(argv=None) -> None:
         trainer = (MDPO if args.objective == "mdpo" else InOrder)(
             model, args=settings, train_dataset=data, processing_class=processor, peft_config=lora, callbacks=[clock]
         )
+        trainer.chunked_head = args.chunked_head
         sys.stdout, stdout = sys.stderr, sys.stdout  # the trainer prints its log
         trainer.train()
         sys.stdout = stdout
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     log = [h["loss"] for h in trainer.state.log_history if "loss" in h]
     print(json.dumps({"peer": "trl", "micro": args.micro, "checkpointing": args.checkpointing,
+                      "chunked_head": args.chunked_head or args.objective == "dpo",
                       "pairs_per_s": timed * args.micro / sum(clock.seconds[warm:]), "peak_gib": peak / 2**30,
                       "losses_of_first_pass": log[:warm]}))  # fmt: skip
 
