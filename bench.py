@@ -311,16 +311,17 @@ def main(argv=None) -> None:
 def table(r: dict) -> str:
     one = next(row for row in r["rows"].values() if "device" in row)
     low, mean, high = one["packed_tokens_per_pair"]
+    width = max(map(len, ["setting", *r["rows"]]))
     lines = [
         f"{r['shape']} {r['objective']} on {one['device']}, {r['dtype']}, torch {r['torch']}; {one['pairs']} pairs "
         f"({one['left_out']} left out), {low}-{high} packed tokens, mean {mean:.0f}, {r['lengths']}; "
         f"matmul {one['matmul_flops_per_s'] / 1e12:.2f} TFLOP/s",
         "",
-        f"{'setting':20} {'pairs/s':>8} {'3 epochs':>9} {'tokens/s':>9} {'useful':>6} {'GiB':>6} | "
+        f"{'setting':{width}} {'pairs/s':>8} {'3 epochs':>9} {'tokens/s':>9} {'useful':>6} {'GiB':>6} | "
         f"s/pair: {' '.join(PARTS)}",
     ]
     for name, row in r["rows"].items():
-        line = f"{name:20} {row['pairs_per_s']:8.3f}"
+        line = f"{name:{width}} {row['pairs_per_s']:8.3f}"
         if "parts_s_per_pair" in row:
             parts = " ".join(f"{row['parts_s_per_pair'][p]:.3f}" for p in PARTS)
             line += f" {row['pairs_per_s_3_epochs']:9.3f} {row['tokens_per_s']:9.0f} {row['utilisation']:6.1%}"
