@@ -5,6 +5,7 @@ import inspect
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import fused
 import losses
@@ -118,25 +119,44 @@ def test_span_attention_is_bottom_right_causal():
     torch.testing.assert_close(seen, expected)
 
 
+def loop(q, k, v, cu_q, cu_k):
+    """What flash's documentation says of varlen's arguments, one sequence after the other. q (T, H, D) -> (T, H, D)."""
+    out = []
+    for i in range(len(cu_q) - 1):
+        a, b = slice(cu_q[i], cu_q[i + 1]), slice(cu_k[i], cu_k[i + 1])
+        heads_first = (x.transpose(0, 1) for x in (q[a], k[b], v[b]))
+        mask = torch.ones(len(q[a]), len(k[b]), dtype=torch.bool).tril(len(k[b]) - len(q[a]))  # bottom-right
+        out.append(F.scaled_dot_product_attention(*heads_first, attn_mask=mask).transpose(0, 1))
+    return torch.cat(out)
+
+
+@torch.library.custom_op("nanomdpo_tests::varlen", mutates_args=())
+def varlen(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int) -> Tensor:
+    """Opaque to the compiler, as the CUDA kernel is."""
+    return loop(q, k, v, cu_q, cu_k)
+
+
+def varlen_backward(ctx, gradient):
+    inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors[:3]]
+    with torch.enable_grad():
+        out = loop(*inputs, *ctx.saved_tensors[3:])
+    return (*torch.autograd.grad(out, inputs, gradient), None, None, None, None)
+
+
+varlen.register_fake(lambda q, *rest: torch.empty_like(q))
+varlen.register_autograd(varlen_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:5]))
+
+
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2)])
 def test_varlen_arguments_by_hand(heads, kv_heads):
-    """The arguments of the CUDA kernel, run through a plain loop with flash's documented meaning of them."""
     spans = [Span(0, 5), Span(5, 3, prefix=0, prefix_length=2), Span(8, 4)]
     torch.manual_seed(0)
     q, k, v = torch.randn(1, heads, 12, 8), torch.randn(1, kv_heads, 12, 8), torch.randn(1, kv_heads, 12, 8)
-    (q_, k_, v_, cu_q, cu_k, max_q, max_k), keywords = packing.VarlenAttention(spans, torch.device("cpu")).arguments(
-        q, k, v
-    )
+    positional, keywords = packing.VarlenAttention(spans, torch.device("cpu")).arguments(q, k, v)
+    _, _, _, cu_q, cu_k, max_q, max_k = positional
     assert cu_q.tolist() == [0, 5, 8, 12] and cu_k.tolist() == [0, 5, 10, 14] and (max_q, max_k) == (5, 5)
     assert cu_q.dtype == torch.int32 and keywords == {"window_size": (-1, 0)}
-    out = torch.empty_like(q_)
-    for i in range(3):
-        a, b = slice(cu_q[i], cu_q[i + 1]), slice(cu_k[i], cu_k[i + 1])
-        mask = torch.ones(len(q_[a]), len(k_[b]), dtype=torch.bool).tril(len(k_[b]) - len(q_[a]))  # bottom-right
-        out[a] = F.scaled_dot_product_attention(
-            *(x.transpose(0, 1) for x in (q_[a], k_[b], v_[b])), attn_mask=mask
-        ).transpose(0, 1)
-    torch.testing.assert_close(out.transpose(0, 1)[None], packing.SpanAttention(spans)(q, k, v))
+    torch.testing.assert_close(varlen(*positional).transpose(0, 1)[None], packing.SpanAttention(spans)(q, k, v))
 
 
 def test_varlen_call_fits_every_supported_signature():
@@ -187,42 +207,28 @@ def test_split_keeps_every_example_once_and_the_budget(world):
     assert [len(row) for row in packing.split_by_tokens(examples, budget=1)] == [1] * 12  # too long: alone, never cut
 
 
-def test_compiled_block_compiles_at_most_three_times(world):
-    """Policy and reference, three packings of different lengths, all layers: the guards must not specialise."""
+def test_compiled_block_compiles_at_most_three_times(world, monkeypatch):
+    """CUDA's attention object, policy and reference, three packings, all layers: no guard may hold a length."""
+    module = pytest.importorskip("torch.nn.attention.varlen")
     model, data, parameters = world
+    packings = [packing.pack([data[(0, i)] for i in range(n)]) for n in (1, 2, 4)]
+    plain = [value_and_gradient(packing.packed_logps(model, packed), parameters) for packed in packings]
     compiled = []
 
     def backend(graph, inputs):
         compiled.append(len(inputs))
         return graph.forward
 
-    class DenseSpans:  # traceable on a CPU, as varlen_attn's single call is on CUDA
-        def __init__(self, spans, T):
-            self.mask = torch.zeros(T, T, dtype=torch.bool)
-            for s in spans:
-                self.mask[s.start : s.start + s.length, s.start : s.start + s.length] = True
-                self.mask[s.start : s.start + s.length, s.prefix : s.prefix + s.prefix_length] = True
-            self.mask = self.mask.tril()
-
-        def __call__(self, q, k, v):
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, enable_gqa=True)
-
-    plain = [packing.packed_logps(model, packing.pack([data[(0, i)] for i in range(n)])) for n in (1, 2, 4)]
+    monkeypatch.setattr(module, "varlen_attn", lambda *args, window_size: varlen(*args))
+    monkeypatch.setattr(packing, "attention", lambda p, model: packing.VarlenAttention(p.spans, p.input_ids.device))
     torch._dynamo.reset()
     for layer in model.language_model.layers:
         layer.compile(backend=backend, dynamic=True)
-    dense, packing.attention = packing.attention, lambda p, model: DenseSpans(p.spans, p.input_ids.shape[1])
-    try:
-        for n, expected in zip((1, 2, 4), plain, strict=True):
-            packed = packing.pack([data[(0, i)] for i in range(n)])
-            with torch.no_grad(), lora_disabled(model):
-                packing.packed_logps(model, packed)
-            logps = packing.packed_logps(model, packed)
-            torch.autograd.grad(logps.chosen.sum(), parameters)
-            torch.testing.assert_close(logps.chosen, expected.chosen, rtol=1e-5, atol=1e-5)
-    finally:
-        packing.attention = dense
-        torch._dynamo.reset()
+    for packed, expected in zip(packings, plain, strict=True):
+        with torch.no_grad(), lora_disabled(model):
+            packing.packed_logps(model, packed)
+        assert_twins(expected, value_and_gradient(packing.packed_logps(model, packed), parameters))
+    torch._dynamo.reset()
     assert 1 <= len(compiled) <= 3, f"{len(compiled)} compilations"
 
 
