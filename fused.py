@@ -11,7 +11,7 @@ Computes exactly what `losses.sequence_logps` does after the decoder; read that 
 import torch
 from torch import Tensor
 
-# Rows of float32 logits at a time: 16 MB at V = 32,064 suit a processor, 131 MB keep a GPU at arithmetic.
+# Rows of float32 logits at a time: 16 MB at V = 32,064; 131 MB on a GPU, so that reading W takes less than multiplying.
 CHUNK, CUDA_CHUNK = 128, 1024
 
 

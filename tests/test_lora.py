@@ -32,18 +32,24 @@ def ours(folder):
 
 
 def fill(parameters, seed: int = 0) -> None:
-    """A and B both non-zero, as after training; small enough that rounding stays rounding."""
+    """A and B both non-zero, as after training."""
     g = torch.Generator().manual_seed(seed)
     for p in parameters:
-        p.data = torch.randn(p.shape, generator=g) / 8
+        p.data = torch.randn(p.shape, generator=g) / 4
 
 
 def logits(model) -> torch.Tensor:
     ids, images, _ = batch()
+    images = images.to(next(model.parameters()).dtype)
     with torch.no_grad():
         if isinstance(model, LLaVA):
             return model(ids, images)
         return model(input_ids=ids, pixel_values=images).logits
+
+
+def assert_same_function(ours, theirs) -> None:
+    """Equal logits in float64: this adapter is large enough to grow float32's rounding to 1e-4 in three layers."""
+    torch.testing.assert_close(logits(ours.double()), logits(theirs.double()), atol=1e-6, rtol=0)
 
 
 def peft_adapter(folder, rslora: bool = False):
@@ -181,7 +187,7 @@ def test_peft_reads_ours(ours, tmp_path, spelling, rslora):
     fill(add_lora(ours, r=4, alpha=12, rslora=rslora))
     save_adapter(ours, tmp_path, "some/base", spelling)
     theirs = peft.PeftModel.from_pretrained(llava(2), tmp_path).eval()
-    torch.testing.assert_close(logits(theirs), logits(ours), atol=2e-5, rtol=0)
+    assert_same_function(ours, theirs)
     wrapped = [n for n, m in theirs.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
     assert len(wrapped) == LINEARS and not [n for n in wrapped if "vision" in n]
     assert theirs.peft_config["default"].base_model_name_or_path == "some/base"
@@ -199,7 +205,7 @@ def test_we_read_pefts(ours, tmp_path, spelling, rslora):
     elif spelling == ".default.":
         respell(tmp_path, ".weight", ".default.weight")
     load_adapter(ours, tmp_path)
-    torch.testing.assert_close(logits(ours), logits(theirs), atol=2e-5, rtol=0)
+    assert_same_function(ours, theirs)
 
 
 def test_an_old_bin_file_is_read_and_its_code_does_not_run(ours, folder, tmp_path):
@@ -208,7 +214,7 @@ def test_an_old_bin_file_is_read_and_its_code_does_not_run(ours, folder, tmp_pat
     (tmp_path / "adapter_model.safetensors").unlink()
     torch.save(state, tmp_path / "adapter_model.bin")
     load_adapter(ours, tmp_path)
-    torch.testing.assert_close(logits(ours), logits(theirs), atol=2e-5, rtol=0)
+    assert_same_function(ours, theirs)
     torch.save(state | {"x": Bomb(tmp_path / "sentinel")}, tmp_path / "adapter_model.bin")
     with pytest.raises(SystemExit, match="damaged"):
         load_adapter(load_model(folder), tmp_path)
