@@ -6,7 +6,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check install --quiet
 .PHONY: demo test test-slow lint format clean
 
 demo: .venv/core
-	$(BIN)/python train.py --base toy
+	$(BIN)/python -m lab.demo
 
 test: .venv/dev
 	$(BIN)/python -m pytest -m "not slow"

@@ -7,17 +7,15 @@
 
 Ids are concatenated, strings are never split to find a boundary: prompt ids, then the response's own ids, then EOS.
 A row that cannot be used is a Problem with file, row and id (readers.py); nothing is cut or dropped silently.
-To look at data (inspect_data.py): `python data.py DATA --check`, `python data.py DATA --show 3 --base B`.
+To look at data (inspect_data.py): `python -m formats.check DATA`, `python -m formats.show DATA --rows 3 --base B`.
 
 Deviations from the papers and their releases
-1. m_l is drawn here, once per example and epoch, so policy and reference score the same picture (images.py has more).
+1. m_l is drawn here, once per example and epoch, so policy and reference score the same picture (pictures.py has more).
 2. `<image>` anywhere in a question is moved to the front, as LLaVA's own training does.
 3. An example that is too long is refused, or loses the end of its response (--cut-long); the mDPO release cuts the
    prompt (its picture, even) or both responses.
 """
 
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -28,14 +26,44 @@ from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from tqdm import tqdm
 
-import images
-from images import ImageSpec
+import pictures
 from model import Config
-from readers import SYSTEM, Pair, Problem
+from pictures import ImageSpec
+
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+TEMPLATED = (SYSTEM + " USER: ", " ASSISTANT:")  # the mDPO release stores its prompts inside this
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One preference: of two responses to (image, prompt), `chosen` (y_w) is better than `rejected` (y_l)."""
+
+    id: str
+    image: Path | bytes | None  # m_w
+    prompt: str  # the bare question q, no template, no <image>
+    chosen: str
+    rejected: str
+    row: int  # 1-based in the file; with the seed and epoch it decides m_l
+    image_rejected: Path | bytes | None = None  # m_l, where the data gives one
+
+
+class Problem(NamedTuple):
+    row: int
+    id: str
+    reason: str  # a fixed phrase, counted by
+    detail: str = ""
+
+
+class BadRow(ValueError):
+    """reason, detail of a row that cannot be used."""
+
 
 MAX_LENGTH = 4096  # expanded tokens; RoPE has no table, so no config's max_position_embeddings limits it
+IMAGE_TOKEN = "<image>"
 
 
 @dataclass(frozen=True)
@@ -48,7 +76,25 @@ class Template:
 
 
 VICUNA = Template()
-IMAGE_TOKEN = "<image>"
+
+SIGLIP = ImageSpec(size=384, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+BUNNY = Template(bos=False, response_blank=True, image=SIGLIP)
+BUNNY_RELEASED = Template(bos=False, response_blank=False, image=SIGLIP)
+
+
+# ---- texts ---------------------------------------------------------------------------------------------------------
+
+
+def bare_question(text: str) -> str:
+    """A question as stored, bare or in the mDPO release's template, `<image>` at most once anywhere -> it alone."""
+    before, after = TEMPLATED
+    if text.startswith(before) and text.endswith(after):
+        text = text[len(before) : -len(after)]
+    elif text.rstrip().endswith("ASSISTANT:"):
+        raise BadRow("prompt is in another template", f"wanted: the question alone, or {before!r} + it + {after!r}")
+    if text.count("<image>") > 1:
+        raise BadRow("several <image>", "one picture per pair is supported")
+    return text.replace("<image>", "").strip()
 
 
 class Processor:
@@ -87,92 +133,7 @@ class Processor:
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
     def prepare(self, image: Image.Image) -> Tensor:
-        return images.prepare(image, self.template.image)  # (3, S, S)
-
-
-# ---- checking ------------------------------------------------------------------------------------------------------
-
-
-def token_lengths(pair: Pair, processor: Processor, with_image: bool = True) -> tuple[int, int, int]:
-    """Tokens of the prompt, picture included, of the chosen and of the rejected response, EOS included."""
-    responses = (len(processor.response_ids(r)) for r in (pair.chosen, pair.rejected))
-    return len(processor.prompt_ids(pair.prompt, with_image)), *responses
-
-
-TOO_LONG = "too long"  # the one reason that --cut-long mends
-
-
-def text_problem(pair: Pair, lengths: tuple[int, int, int], special_texts: list[str],
-                 max_length: float) -> Problem | None:  # fmt: skip
-    """The first thing wrong with a pair's texts, or None. `lengths` are its token_lengths."""
-    for name in ("prompt", "chosen", "rejected"):
-        text = getattr(pair, name)
-        if not text.strip():
-            return Problem(pair.row, pair.id, f"empty {name}")
-        if found := [s for s in special_texts if s in text]:
-            return Problem(pair.row, pair.id, "special-token text inside data", f"{found[0]} in {name}")
-    prompt, *responses = lengths
-    if prompt >= max_length:
-        return Problem(pair.row, pair.id, "prompt too long", f"{prompt} tokens, --max-length is {max_length}")
-    if prompt + max(responses) > max_length:
-        return Problem(pair.row, pair.id, TOO_LONG, f"{prompt + max(responses)} tokens, --max-length is {max_length}")
-
-
-def image_problem(pair: Pair, strategy: str | None) -> Problem | None:
-    """Decodes the picture(s) once, small, so that broken files are found before training."""
-    wanted = [("image", pair.image)] + ([("image_rejected", pair.image_rejected)] if strategy == "given" else [])
-    for name, source in wanted:
-        if source is None:
-            return Problem(pair.row, pair.id, f"no {name}")
-        try:
-            images.open_image(source)
-        except ValueError as e:
-            reason = "missing image" if str(e) == "missing image" else "broken image"
-            return Problem(pair.row, pair.id, reason, f"{source if isinstance(source, Path) else 'bytes'}: {e}")
-
-
-def find_problems(pairs: list[Pair], processor: Processor, with_image: bool = True, strategy: str | None = None,
-                  max_length: int = MAX_LENGTH) -> list[Problem]:  # fmt: skip
-    """Problems of every pair: the first of its texts, then of its pictures."""
-    lengths = [token_lengths(p, processor, with_image) for p in tqdm(pairs, "texts", disable=None)]
-    return check_pairs(pairs, lengths, processor.special_texts, max_length, strategy, with_image)
-
-
-def check_pairs(pairs: list[Pair], lengths: list[tuple[int, int, int]], special_texts: list[str], max_length: float,
-                strategy: str | None, with_image: bool = True) -> list[Problem]:  # fmt: skip
-    """find_problems, where the lengths are known; pictures are decoded in parallel."""
-    problems = [text_problem(p, n, special_texts, max_length) for p, n in zip(pairs, lengths, strict=True)]
-    left = [p for p, problem in zip(pairs, problems, strict=True) if problem is None or problem.reason == TOO_LONG]
-    if with_image:
-        with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter lock
-            found = pool.map(lambda p: image_problem(p, strategy), left)
-            problems += tqdm(found, "pictures", len(left), disable=None)
-    return [p for p in problems if p is not None]
-
-
-def usable(pairs: list[Pair], problems: list[Problem], file: Path, skip_bad: bool, cut_long=False) -> list[Pair]:
-    """The pairs without problems. SystemExit naming the first bad row and the count by reason, unless skip_bad.
-
-    With cut_long a too long response is no problem: PairData with a max_length cuts it, and the count is printed here.
-    """
-    if cut_long and (long := [p for p in problems if p.reason == TOO_LONG]):
-        print(f"{file}: {len(long)} of {len(pairs)} rows have a response too long for --max-length; it is cut, without "
-              f"EOS (--cut-long); the first: row {long[0].row}, id {long[0].id}: {long[0].detail}")  # fmt: skip
-        problems = [p for p in problems if p.reason != TOO_LONG]
-    bad = {p.row for p in problems}
-    if problems:
-        counts = ", ".join(f"{n} {reason}" for reason, n in Counter(p.reason for p in problems).most_common())
-        total = len(pairs) + len(bad - {p.row for p in pairs})
-        first = min(problems)
-        summary = f"{len(bad)} of {total} rows cannot be used ({counts})"
-        where = f"{file}:{first.row}: id {first.id}: {first.reason}{': ' + first.detail if first.detail else ''}"
-        if not skip_bad:
-            raise SystemExit(f"{where}\n{summary}. Mend the data, or leave these rows out with --skip-bad.")
-        print(f"{file}: {summary}, left out (--skip-bad); the first: {where}")
-    pairs = [p for p in pairs if p.row not in bad]
-    if not pairs:
-        raise SystemExit(f"{file}: no usable rows")
-    return pairs
+        return pictures.prepare(image, self.template.image)  # (3, S, S)
 
 
 # ---- examples and batches ------------------------------------------------------------------------------------------
@@ -226,7 +187,7 @@ class PairData(Dataset):
         ids = (prompt, p.response_ids(pair.chosen, room), p.response_ids(pair.rejected, room))
         image = m_w = m_l = None
         if self.with_image:
-            image = images.open_image(pair.image)
+            image = pictures.open_image(pair.image)
             m_w = p.prepare(image)
         if self.strategy:
             m_l = self.image_rejected(pair, index, image, m_w, epoch if self.fresh_every_epoch else 0)
@@ -238,14 +199,14 @@ class PairData(Dataset):
         if self.strategy == "same":
             return m_w
         if self.strategy == "given":
-            return self.processor.prepare(images.open_image(pair.image_rejected))
-        if self.strategy in images.ON_TENSOR:
-            return images.ON_TENSOR[self.strategy](m_w, rng)
+            return self.processor.prepare(pictures.open_image(pair.image_rejected))
+        if self.strategy in pictures.ON_TENSOR:
+            return pictures.ON_TENSOR[self.strategy](m_w, rng)
         args = ()
         if self.strategy == "random":
             other = (index + rng.integers(1, len(self.pairs))) % len(self.pairs)  # never itself
-            args = (images.open_image(self.pairs[other].image),)
-        return self.processor.prepare(images.ON_PICTURE[self.strategy](image, rng, *args))
+            args = (pictures.open_image(self.pairs[other].image),)
+        return self.processor.prepare(pictures.ON_PICTURE[self.strategy](image, rng, *args))
 
 
 def pad_rows(prompts: list[Tensor], responses: list[Tensor], pad_id: int) -> Tokens:
@@ -292,13 +253,3 @@ def example_loader(data: PairData, sampler: Sampler, workers: int) -> DataLoader
     """Examples one by one in the sampler's order, prepared by worker processes."""
     return DataLoader(data, batch_size=None, sampler=sampler, num_workers=workers, persistent_workers=False,
                       prefetch_factor=8 if workers else None, pin_memory=torch.cuda.is_available())  # fmt: skip
-
-
-def main(argv=None) -> None:
-    import inspect_data  # it imports this file
-
-    inspect_data.main(argv)
-
-
-if __name__ == "__main__":
-    main()

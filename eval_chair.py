@@ -21,8 +21,9 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-import eval_common
-from eval_common import Part, ratio
+from evals import stats
+from evals.stats import Part, ratio
+from external import endpoint, files
 
 SCORER = "eval_chair.py 1"
 WORD = re.compile(r"[a-z0-9]+(?:[-./'][a-z0-9]+)*(?<!'s)|'[a-z]+|[^\sa-z0-9]")
@@ -78,7 +79,7 @@ class Vocabulary(NamedTuple):
 def load_vocabulary(synonyms: str, protocol: str) -> Vocabulary:
     """synonyms: one line per COCO object, the object's name first."""
     node = {}
-    for line in eval_common.read_text(synonyms).strip().split("\n"):
+    for line in files.read_text(synonyms).strip().split("\n"):
         # CHAIR splits at ", " and nothing else, so that " motor bike" after a double blank never matches; this is in
         # the published numbers. Object HalBench cleaned its list.
         names = line.strip().split(", ") if protocol == "chair2018" else [name.strip() for name in line.split(",")]
@@ -89,7 +90,7 @@ def load_vocabulary(synonyms: str, protocol: str) -> Vocabulary:
     pairs |= {"passenger jet": "jet", "passenger train": "train", "bow tie": "tie", "toilet seat": "toilet"}
     pairs["wine glas"] = "wine glass"  # the 2018 singular of "glass" is "glas"
     table = "chair_singular_forms.json" if protocol == "chair2018" else "wordnet_noun_forms.json"
-    return Vocabulary(node, pairs, eval_common.word_forms(table))
+    return Vocabulary(node, pairs, stats.word_forms(table))
 
 
 def merge_pairs(words: list[str], pairs: dict[str, str]) -> list[str]:
@@ -151,8 +152,8 @@ def load_truth(annotations: str, image_ids: list[int], vocabulary: Vocabulary) -
     for split in ("val2014", "train2014"):
         if known.issuperset(truth):
             break
-        files = (f"{annotations}/{kind}_{split}.json" for kind in ("instances", "captions"))
-        instances, captions = map(eval_common.read_json, files)
+        pair = (f"{annotations}/{kind}_{split}.json" for kind in ("instances", "captions"))
+        instances, captions = map(files.read_json, pair)
         known.update(image["id"] for data in (instances, captions) for image in data["images"])
         objects = {category["id"]: category["name"] for category in instances["categories"]}
         for row in instances["annotations"]:
@@ -193,7 +194,7 @@ def chair_scores(mentions: list[list[str]], truth: list[set[str]]) -> dict:
     Fractions 0..1 (DENOMINATORS says of what), None where the denominator is 0; and the counts behind them.
     """
     counts = [chair_counts(*pair) for pair in zip(mentions, truth, strict=True)]
-    return eval_common.values(Part([], counts, chair_metrics)) | eval_common.sums(counts)
+    return stats.values(Part([], counts, chair_metrics)) | stats.sums(counts)
 
 
 def image_id(row: dict) -> int:
@@ -214,14 +215,14 @@ def extract(rows: list[dict], ids: list[int], path: str, args) -> list[list[str]
             content = EXTRACT.format(question=question, answer=row["answer"])
             body = {"model": args.model, "messages": [{"role": "system", "content": content}]}
             requests[str(key)] = body | {"temperature": 0.2, "top_p": 1, "max_tokens": 512}
-    saved = eval_common.read_json(path) if Path(path).is_file() else []
+    saved = files.read_json(path) if Path(path).is_file() else []
     if isinstance(saved, dict):  # {image_id: text of the reply}, from another tool
         if missing := sorted(requests.keys() - saved.keys()):
             raise SystemExit(f"{path}: no reply for {len(missing)} answers, such as of image {missing[:3]}.")
         texts = saved
     else:
-        replies = eval_common.ask_all(requests, path, reply_objects, args)
-        texts = {key: eval_common.reply_text(reply) for key, reply in zip(requests, replies, strict=True)}
+        replies = endpoint.ask_all(requests, path, reply_objects, args)
+        texts = {key: endpoint.reply_text(reply) for key, reply in zip(requests, replies, strict=True)}
     try:
         return [reply_objects(texts[str(key)]) if str(key) in requests else [] for key in ids]
     except ValueError as error:
@@ -229,9 +230,9 @@ def extract(rows: list[dict], ids: list[int], path: str, args) -> list[list[str]
 
 
 def score(path: str, replies: str | None, vocabulary: Vocabulary, args) -> tuple[dict, list[Part]]:
-    rows = eval_common.read_answers(path)
+    rows = stats.read_answers(path)
     ids = [image_id(row) for row in rows]
-    eval_common.check_unique(ids, rows, "image")
+    stats.check_unique(ids, rows, "image")
     if args.protocol == "objhal":
         for row in rows:
             row["answer"] = row["answer"].replace("Assistant:", "").strip()
@@ -246,14 +247,14 @@ def score(path: str, replies: str | None, vocabulary: Vocabulary, args) -> tuple
     truth = load_truth(args.annotations, ids, vocabulary)
     mentions = [[node for _, node in said] for said in pairs]
     part = Part(ids, [chair_counts(*pair) for pair in zip(mentions, truth, strict=True)], chair_metrics)
-    result = eval_common.header(SCORER, protocol, [path], rows, 300 if args.protocol == "objhal" else None)
-    digest = eval_common.sha256(Path(args.synonyms).read_bytes())
+    result = stats.header(SCORER, protocol, [path], rows, 300 if args.protocol == "objhal" else None)
+    digest = files.sha256(Path(args.synonyms).read_bytes())
     if digest != OFFICIAL_SYNONYMS[args.protocol]:
         result["warnings"].append(f"{args.synonyms} is not the official list for {args.protocol}")
     result |= {
         "synonyms_sha256": digest, "replies": replies, "denominators": DENOMINATORS,
-        **eval_common.summary(part),
-        "counts": eval_common.sums(part.rows),
+        **stats.summary(part),
+        "counts": stats.sums(part.rows),
         "rows": [{"id": key, "mentions": pairs[i], "truth": sorted(truth[i])} for i, key in enumerate(ids)],
     }  # fmt: skip
     return result, [part]
@@ -261,14 +262,14 @@ def score(path: str, replies: str | None, vocabulary: Vocabulary, args) -> tuple
 
 def main(argv: list[str] | None = None) -> None:
     what = "answers.jsonl, an Object HalBench answer file or COCO captions"
-    parser = eval_common.parser_of(__doc__, "--answers", what, "answer files")
+    parser = stats.parser_of(__doc__, "--answers", what, "answer files")
     parser.add_argument("--annotations", required=True, help="folder of instances_ and captions_{train,val}2014.json")
     parser.add_argument("--synonyms", required=True, help="synonyms.txt (chair2018) or synonyms_refine.txt (objhal)")
     parser.add_argument("--protocol", required=True, choices=["chair2018", "objhal"])
     parser.add_argument("--extractor", dest="url", help="OpenAI-compatible endpoint, such as http://localhost:8000/v1")
     parser.add_argument("--extractor-model", dest="model", help="name of the model there")
     parser.add_argument("--replies", nargs="+", help="its saved replies, a file per answer file (ANSWERS.replies.json)")
-    eval_common.llm_flags(parser)
+    endpoint.llm_flags(parser)
     args = parser.parse_args(argv)
     paths = args.compare or [args.answers]
     if (args.url or args.replies) and args.protocol != "objhal" or args.url and not args.model:
@@ -278,7 +279,7 @@ def main(argv: list[str] | None = None) -> None:
     beside = [str(Path(path).with_suffix(".replies.json")) if args.url else None for path in paths]
     vocabulary = load_vocabulary(args.synonyms, args.protocol)
     files = zip(paths, args.replies or beside, strict=True)
-    eval_common.report([score(path, replies, vocabulary, args) for path, replies in files], args.json)
+    stats.report([score(path, replies, vocabulary, args) for path, replies in files], args.json)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python train.py --base toy                   the demo: base, three recipes, table.json, captions.png
     python train.py --base toy --recipe mdpo     one recipe on the toy base
-    python toy.py --study --seeds 0 1 2 --out D  all rows with their controls, mean and std over seeds
+    python -m lab.demo --study --seeds 0 1 2 --out D  all rows with their controls, mean and std over seeds
 
 A scene is a 64-px picture of 2 to 5 objects; two are typical of its kind (a kitchen has a cup and a plate). The base is
 a LLaVA trained here on captions that often name typical objects that are not there, so it hallucinates. Pairs are made
@@ -14,11 +14,9 @@ Deviations from mDPO
 2. Scores are CHAIR on this world's objects, and d' (grounding) with c (silence), since CHAIR alone rewards silence.
 """
 
-import argparse
 import json
 import math
 import re
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -34,17 +32,19 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import export
-import images
 import losses
-from data import PairData, Processor, collate, pad_rows
+import pictures
+from bases import export
+from bases.adapter import load_adapter
+from bases.checkpoint import load_base
+from bases.tokenizer import load_tokenizer
+from data import SYSTEM, PairData, Processor, collate, pad_rows
 from eval_chair import chair_scores
-from eval_common import write_json
+from external.files import write_json
+from formats.readers import read_pairs
 from generate import generate
-from lora import load_adapter, lora_disabled
+from lora import lora_disabled
 from model import BASES, LLaVA
-from readers import SYSTEM, read_pairs
-from weights import load_base, load_tokenizer
 
 # Tuned on seed 100 so that DPO's captions stay sentences, then frozen (docs/results.md); the rest is the paper's.
 SETTINGS = dict(lr=3e-4, lora_r=16, lora_alpha=32.0, micro_batch=32, workers=0)
@@ -103,7 +103,7 @@ def draw_scene(rng: np.random.Generator, close_up: bool = False) -> Scene:
         centres[name] = (x, y)
     if not close_up:
         return Scene(kind, frozenset(centres), image)
-    left, top, w, h = images.crop_box(64, 64, rng, 0.05, 1.0)
+    left, top, w, h = pictures.crop_box(64, 64, rng, 0.05, 1.0)
     inside = {o for o, (x, y) in centres.items() if left <= x < left + w and top <= y < top + h}
     return Scene(kind, frozenset(inside), image.crop((left, top, left + w, top + h)))
 
@@ -328,73 +328,13 @@ def draw_captions(scenes: list[Scene], texts: dict[str, list[str]], file: Path) 
     page.save(file)
 
 
-# ---- runs ----------------------------------------------------------------------------------------------------------
-
-DPO = dict(recipe="dpo", terms=["dpo"])  # what differs from mDPO
-ROWS = {"DPO": DPO, "DPO (No Image)": DPO | dict(recipe="dpo-no-image"), "mDPO": {}}
-CONTROLS = {
-    "mDPO -conditional": dict(terms=["dpo", "ancpo"]),
-    "mDPO -anchored": dict(terms=["dpo", "copo"]),
-    "mDPO, m_l = m_w": dict(rejected_image="same"),
-    # -log sigma(log pi / pi_ref - 100) is 100 + log pi_ref - log pi: maximum likelihood of y_w in the same loop
-    "SFT on y_w": dict(terms=["ancpo"], beta=1.0, delta=100.0),
-}
-
-
-def run(args: argparse.Namespace, train: Callable[[argparse.Namespace], Path]) -> None:
-    """What `train.py --base toy` does: the demo, or one recipe on the toy base. `train` trains one recipe."""
-    if args.weights:
-        raise SystemExit("--weights: the toy base is trained here. For one that is ready, give its folder as --base.")
-    torch.set_num_threads(1)  # models this small gain little from a second, and waiting for a shared core costs minutes
-    root, start = args.out.parent if args.out else Path("runs"), time.perf_counter()
-    demo = root / f"toy-demo-{args.seed}"
-    if args.demo:
-        folder = args.out or demo
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise SystemExit(f"{folder}: not empty. Give another --out, or remove it; a run never overwrites another.")
-        print_table([run_rows(args, train, make_world(folder, args.seed), ROWS)])
-        print(f"{folder}: table.json, captions.png, a run folder per recipe; {time.perf_counter() - start:.0f} s")
-    else:
-        world = demo if (demo / "world.json").is_file() else root / f"toy-world-{args.seed}"
-        make_world(world, args.seed)
-        own = dict(weights=world / "base", data=args.data or world / "pairs" / "train.jsonl")
-        train(argparse.Namespace(**vars(args) | own))
-
-
-def run_rows(args: argparse.Namespace, train: Callable, world: Path, rows: dict[str, dict]) -> dict[str, dict]:
-    """Trains and scores each row, args with its changes, beside the base; writes table.json and captions.png."""
-    rng, table, texts, adapter = np.random.default_rng((args.seed, 2)), {}, {}, None
+def score_rows(world: Path, runs: dict[str, Path], out: Path, seed: int, hidden=()) -> dict[str, dict]:
+    """Scores the base and each run's adapter; prints the table, writes table.json and captions.png."""
+    rng, table, texts = np.random.default_rng((seed, 2)), {}, {}
     scenes = [draw_scene(rng) for _ in range(WORLD["test_scenes"])]
-    for name, changes in ({"base": {}} | rows).items():
-        print(f"\n{name}")
-        if name != "base":
-            folder = world / re.sub(r"\W+", "-", name.lower()).strip("-")
-            own = dict(weights=world / "base", data=world / "pairs" / "train.jsonl", out=folder)
-            adapter = train(argparse.Namespace(**vars(args) | own | changes))
-        table[name], texts[name] = evaluate(world, adapter, scenes, args.seed)
-    write_json(world / "table.json", table)
-    draw_captions(scenes[:5], {name: texts[name] for name in texts if name not in CONTROLS}, world / "captions.png")
+    for name, adapter in ({"base": None} | runs).items():
+        table[name], texts[name] = evaluate(world, adapter, scenes, seed)
+    write_json(out / "table.json", table)
+    draw_captions(scenes[:5], {name: texts[name] for name in texts if name not in hidden}, out / "captions.png")
+    print_table([table])
     return table
-
-
-def main(argv=None) -> None:
-    """The study: all rows and controls for each seed; study.json, and a folder like the demo's per seed."""
-    import train  # here, as train.py imports this file
-
-    torch.set_num_threads(1)  # as in run
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--study", action="store_true", required=True, help="all rows with their controls, several seeds")
-    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    p.add_argument("--style-share", type=float, default=1.0, help="s: how often the judge goes by style")
-    p.add_argument("--out", type=Path, required=True, help="folder of the results")
-    args, tables = p.parse_args(argv), []
-    for seed in args.seeds:
-        world = make_world(args.out / f"seed-{seed}", seed, args.style_share)
-        run_args = train.parse_args(["--base", "toy", "--seed", str(seed)])
-        tables.append(run_rows(run_args, train.train, world, ROWS | CONTROLS))
-    write_json(args.out / "study.json", {"seeds": args.seeds, "style_share": args.style_share, "tables": tables})
-    print_table(tables)
-
-
-if __name__ == "__main__":
-    main()

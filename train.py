@@ -5,7 +5,7 @@
 
 Files to read for one step, in order: train.py (loop) -> data.py (Batch) -> losses.py (plain_logps, mdpo_terms) ->
 model.py (forward) -> lora.py (the reference is the model with its adapter off). Everything fast is switched on in
-`plain_or_fast`, `reference_cache` and `fit_in_memory`; it lives in packing.py and fused.py.
+`plain_or_fast`, `reference_cache` and `fit_in_memory`; it lives in packing.py and engine/head.py.
 
 Deviations from the papers and their released code
 1. The last, smaller batch of an epoch is used and averaged over what it holds; the release drops it.
@@ -18,8 +18,6 @@ import argparse
 import contextlib
 import json
 import math
-import resource
-import sys
 import time
 from collections import defaultdict
 from functools import partial
@@ -29,16 +27,22 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import bunny
-import hub
-import images
 import losses
-import packing
+import pictures
 import toy
-from data import MAX_LENGTH, VICUNA, EpochSampler, PairData, Processor, collate, example_loader, find_problems, usable
-from lora import SPELLINGS, add_lora, lora_disabled, lora_modules, save_adapter
-from readers import read_pairs
-from weights import SOURCES, load_base, load_tokenizer
+from bases import bunny
+from bases.adapter import SPELLINGS, save_adapter
+from bases.checkpoint import SOURCES, load_base
+from bases.tokenizer import load_tokenizer
+from data import BUNNY, BUNNY_RELEASED, MAX_LENGTH, VICUNA, EpochSampler, PairData, Processor, collate, example_loader
+from engine import packing
+from engine.memory import fit_in_memory, peak_gib
+from engine.reference import DRIFT_ROWS, ReferenceCache, base_digest
+from engine.run_folder import HEADER, line, new_run_folder
+from formats import hub_data
+from formats.check import find_problems, usable
+from formats.readers import read_pairs
+from lora import add_lora, lora_disabled, lora_modules
 
 # mDPO 4.1 gives lr, epochs, batch, schedule, warm-up, beta, delta, LoRA; its release adds AdamW's numbers and clipping.
 MDPO = dict(
@@ -67,7 +71,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     g.add_argument("--base", required=True, help=f"toy, {', '.join(SOURCES)}, or a checkpoint folder")
     g.add_argument("--recipe", choices=RECIPES, help="objective and settings of a paper (default mdpo)")
     g.add_argument("--data", help="preference file, folder or hub data set (docs/data.md); default the recipe's own: "
-                   + ", ".join(hub.NAMED))  # fmt: skip
+                   + ", ".join(hub_data.NAMED))  # fmt: skip
     g.add_argument("--image-root", type=Path, help="folder the image paths start from (default: the data file's)")
     g.add_argument("--weights", type=Path, help="folder of the base's checkpoint, instead of the hub's cache")
     g.add_argument("--vision-weights", type=Path, help="CLIP or SigLIP folder, for layouts without the vision tower")
@@ -78,7 +82,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     g.add_argument("--anchors", help="what AncPO holds: w (chosen, above delta), l and m_l (below it)")
     g.add_argument("--beta", type=float, help="temperature of the rewards")
     g.add_argument("--delta", type=float, help="anchor, outside beta")
-    g.add_argument("--rejected-image", choices=images.STRATEGIES,
+    g.add_argument("--rejected-image", choices=pictures.STRATEGIES,
                    help="how m_l is made from m_w (default: given where all rows bring one, else crop)")  # fmt: skip
     g.add_argument("--crop-every-epoch", default=True, action=yes_no, help="draw m_l anew each epoch, else epoch 0's")
     g = p.add_argument_group("optimisation (default: the recipe's)")
@@ -101,7 +105,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     g.add_argument("--bunny-template", default="tuned", choices=("tuned", "released"), help="blank before a response")
     g.add_argument("--workers", type=int, default=2, help="processes that prepare pictures")
     g.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the base (default bfloat16 on CUDA)")
-    g = p.add_argument_group("speed (packing.py, fused.py)")
+    g = p.add_argument_group("speed (packing.py, engine/head.py)")
     g.add_argument(
         "--pack", default=torch.cuda.is_available(), action=yes_no, help="shared-prefix rows without padding"
     )
@@ -123,10 +127,9 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def settle(args: argparse.Namespace) -> str | None:
     """Fills in the defaults that depend on other flags; what is wrong with the flags, if anything."""
-    args.demo = args.base == "toy" and not args.recipe and not args.data
     args.recipe = args.recipe or "mdpo"
     if not args.data and args.base != "toy":  # the paper's own run
-        args.data = "pds-dpo" if args.recipe == "pds-dpo" else hub.DEFAULT
+        args.data = "pds-dpo" if args.recipe == "pds-dpo" else hub_data.DEFAULT
     args.reference = args.reference or ("cached" if args.pack else "live")
     args.compile = args.pack and torch.cuda.is_available() if args.compile is None else args.compile
     args.terms, args.anchors = args.terms.split(","), args.anchors.split(",")
@@ -143,20 +146,6 @@ def settle(args: argparse.Namespace) -> str | None:
     return None
 
 
-GIB = 2**30
-
-# ---- set-up --------------------------------------------------------------------------------------------------------
-
-
-def new_run_folder(args: argparse.Namespace) -> Path:
-    """args.out, or runs/BASE-RECIPE-SEED; created. SystemExit if something is already in it."""
-    out = args.out or Path("runs") / f"{Path(args.base).name}-{args.recipe}-{args.seed}"
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise SystemExit(f"{out}: not empty. Give another --out, or remove it; a run never overwrites another.")
-    out.mkdir(parents=True, exist_ok=True)
-    return out
-
-
 def load_everything(args: argparse.Namespace, device: torch.device):
     """Model with a fresh adapter, adapter parameters, data set. Data trouble stops here, before anything is written."""
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
@@ -164,7 +153,7 @@ def load_everything(args: argparse.Namespace, device: torch.device):
     model, folder = load_base(args.base, args.weights, args.vision_weights, dtype, device)
     template = VICUNA
     if isinstance(model, bunny.Bunny):
-        template = bunny.TEMPLATE if args.bunny_template == "tuned" else bunny.TEMPLATE_RELEASED
+        template = BUNNY if args.bunny_template == "tuned" else BUNNY_RELEASED
     processor = Processor(load_tokenizer(folder), model.config, template)
     with_image = args.recipe != "dpo-no-image"
     given = sum(pair.image_rejected is not None for pair in pairs)
@@ -197,52 +186,15 @@ def plain_or_fast(args: argparse.Namespace, model):
     return partial(packing.split_by_tokens, budget=args.tokens_per_batch), packing.pack, packing.packed_logps
 
 
-def reference_cache(args: argparse.Namespace, model, data: PairData, out: Path) -> packing.ReferenceCache:
+def reference_cache(args: argparse.Namespace, model, data: PairData, out: Path) -> ReferenceCache:
     template = data.processor.template
-    key = {"base weights": packing.base_digest(model), "template": repr(template),
+    key = {"base weights": base_digest(model), "template": repr(template),
            "image preparation": repr(template.image),
            "rejected image": str(data.strategy), "seed": str(args.seed), "dtype": str(model.lm_head.weight.dtype),
            "torch": torch.__version__, "kernel": "varlen" if torch.cuda.is_available() else "spans",
            "compile": str(args.compile), "head": "float32",
            "cut at": str(args.cut_long and args.max_length), "pictures": str(data.with_image)}  # fmt: skip
-    return packing.ReferenceCache(args.reference_file or out / "reference.json", key, data)
-
-
-def fit_in_memory(args, model, parameters, data: PairData, split, make_batch, score, autocast) -> None:
-    """Prints where the memory goes and, on CUDA, runs one policy step on the longest batch: out of memory now or never.
-
-    Sets how many layers recompute their activations: --checkpointing, else as few as fit.
-    """
-    trained = sum(p.numel() * p.element_size() for p in parameters) / GIB
-    frozen = sum(p.numel() * p.element_size() for p in model.parameters()) / GIB - trained
-    print(f"memory: frozen weights {frozen:.2f}, adapter and its gradients {2 * trained:.2f}, AdamW's state "
-          f"{2 * trained:.2f} GiB; activations on top")  # fmt: skip
-    layers, device = len(model.language_model.layers), model.lm_head.weight.device
-    given = {None: None, "none": 0, "full": layers}.get(args.checkpointing, args.checkpointing)
-    if device.type != "cuda":
-        model.language_model.checkpointed = int(given or 0)
-        return
-    by_length = sorted(range(len(data)), key=lambda i: len(data.pairs[i].chosen) + len(data.pairs[i].rejected))
-    longest = split([data[(0, i)] for i in by_length[-8:]])[0]
-    batch, total = make_batch(longest).to(device), torch.cuda.mem_get_info()[1] / GIB
-    for recomputed in [layers * i // 4 for i in range(5)] if given is None else [int(given)]:
-        model.language_model.checkpointed = recomputed
-        torch.cuda.reset_peak_memory_stats()
-        try:
-            with autocast:
-                sum(logps.sum() for logps in score(model, batch) if logps is not None).backward()
-            peak = peak_gib(device) + 2 * trained
-        except torch.cuda.OutOfMemoryError:
-            peak = math.inf
-        for p in parameters:
-            p.grad = None
-        torch.cuda.empty_cache()
-        print(f"memory: trial step, {sum(map(packing.tokens_of, longest)):,} tokens, {recomputed} of {layers} layers "
-              f"recomputed: peak {peak:.1f} of {total:.1f} GiB")  # fmt: skip
-        if peak < 0.95 * total:
-            return
-    raise SystemExit("the longest batch does not fit in memory: give a smaller --tokens-per-batch (or --micro-batch), "
-                     "a smaller --max-length, or --checkpointing full")  # fmt: skip
+    return ReferenceCache(args.reference_file or out / "reference.json", key, data)
 
 
 @torch.no_grad()
@@ -258,27 +210,6 @@ def lr_at(step: int, total: int, warmup: float, peak: float) -> float:
     if step < rising:
         return peak * step / rising
     return peak * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, total - rising)))
-
-
-def peak_gib(device: torch.device) -> float:
-    """Largest memory so far: allocated on the GPU, or resident in this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / GIB
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB here
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
-
-
-LINE = ("step", "loss", "losses/dpo", "losses/copo", "losses/ancpo", "rewards/margins", "rewards/image_margins",
-        "rewards/accuracies", "lr", "grad_norm", "pairs_per_s", "peak_gib")  # fmt: skip
-HEADER = f"{'step':>11} |   loss |    dpo    copo   ancpo | margin  image |  acc |      lr | gnorm | pairs/s |   GiB"
-
-
-def line(row: dict, steps: int) -> str:
-    """One log row, fixed width; a term that is off shows as a dash."""
-    v = [row.get(key) for key in LINE]
-    t = [f"{x:7.4f}" if x is not None else "      -" for x in v[2:7]]
-    return (f"{v[0]:>5}/{steps:<5} | {v[1]:6.4f} | {t[0]} {t[1]} {t[2]} | {t[3][1:]} {t[4][1:]} | {v[7]:4.2f} | "
-            f"{v[8]:.1e} | {v[9]:5.2f} | {v[10]:7.2f} | {v[11]:5.2f}")  # fmt: skip
 
 
 # ---- the loop ------------------------------------------------------------------------------------------------------
@@ -311,7 +242,7 @@ def train(args: argparse.Namespace) -> Path:
             if cache and step == len(sizes):  # from the second epoch on, rows are packed differently
                 with autocast:
                     cache.check_drift(
-                        model, split([data[(1, i)] for i in range(min(packing.DRIFT_ROWS, len(data)))]), args.beta
+                        model, split([data[(1, i)] for i in range(min(DRIFT_ROWS, len(data)))]), args.beta
                     )
             sums = defaultdict(float)
             for micro in split(list(islice(examples, size))):
@@ -353,10 +284,16 @@ def train(args: argparse.Namespace) -> Path:
 
 def main(argv=None) -> None:
     args = parse_args(argv)
-    if args.base == "toy":
-        toy.run(args, train)
-    else:
+    if args.base != "toy":
         train(args)
+        return
+    if args.weights:
+        raise SystemExit("--weights: the toy base is trained here. For one that is ready, give its folder as --base.")
+    torch.set_num_threads(1)  # models this small gain little from a second, and waiting for a shared core costs minutes
+    world = toy.make_world((args.out.parent if args.out else Path("runs")) / f"toy-world-{args.seed}", args.seed)
+    own = dict(weights=world / "base", data=args.data or world / "pairs" / "train.jsonl")
+    run = train(argparse.Namespace(**vars(args) | own))
+    toy.score_rows(world, {args.recipe: run}, run, args.seed)
 
 
 if __name__ == "__main__":

@@ -9,14 +9,14 @@ from types import SimpleNamespace
 
 
 def flags(url: str, **changes) -> SimpleNamespace:
-    """What eval_common.ask_all reads from the command line, without waits."""
+    """What endpoint.ask_all reads from the command line, without waits."""
     return SimpleNamespace(
         **{"url": url, "model": "m", "rate": 1e6, "tries": 9, "timeout": 5.0, "backoff": 0.0} | changes
     )
 
 
 @contextlib.contextmanager
-def endpoint(script=(), answer=lambda body: "fine"):
+def serve(script=(), answer=lambda body: "fine"):
     """Plays one behaviour of `script` per request, then answers; yields url and the requests it has seen.
 
     Behaviours: ok, timeout, garbage, half, no choices, null, echo (of all headers), or a status with headers such as

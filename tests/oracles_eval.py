@@ -1,6 +1,6 @@
 """Compares the scorers with what the official scorers wrote down for the same made-up inputs, value by value.
 
-    python tests/oracles_eval.py --oracles DIR --data DIR
+    python -m tests.oracles_eval --oracles DIR --data DIR
 
 --oracles holds chair/, objhal/, pope/, amber/, mmhal/ (or a folder eval/ of them), each with an expected.json; --data
 the official synonym lists (chair/) and AMBER's files (amber/). One PASS or FAIL line per comparison, exit status 1 on
@@ -11,13 +11,12 @@ import argparse
 import sys
 from pathlib import Path
 
+import eval_chair
+from evals import amber, mmhal, pope, stats
+from external import files
+
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, from any folder
 
-import eval_amber
-import eval_chair
-import eval_common
-import eval_mmhal
-import eval_pope
 
 FAILED = []
 
@@ -29,8 +28,8 @@ def check(name: str, ours, theirs) -> None:
 
 
 def chair(folder: Path, data: Path) -> None:
-    expected = eval_common.read_json(folder / "chair" / "expected.json")["expected"]
-    rows = eval_common.read_answers(folder / "chair" / "captions.json")
+    expected = files.read_json(folder / "chair" / "expected.json")["expected"]
+    rows = stats.read_answers(folder / "chair" / "captions.json")
     vocabulary = eval_chair.load_vocabulary(data / "chair" / "synonyms.txt", "chair2018")
     ids = [eval_chair.image_id(row) for row in rows]
     truth = eval_chair.load_truth(folder / "chair" / "annotations", ids, vocabulary)
@@ -50,9 +49,9 @@ def chair(folder: Path, data: Path) -> None:
 
 
 def objhal(folder: Path, data: Path) -> None:
-    expected = eval_common.read_json(folder / "objhal" / "expected.json")
-    replies = eval_common.read_json(folder / "objhal" / "extractor_replies.json")
-    rows = eval_common.read_answers(folder / "objhal" / "obj_halbench_answer.jsonl")
+    expected = files.read_json(folder / "objhal" / "expected.json")
+    replies = files.read_json(folder / "objhal" / "extractor_replies.json")
+    rows = stats.read_answers(folder / "objhal" / "obj_halbench_answer.jsonl")
     vocabulary = eval_chair.load_vocabulary(data / "chair" / "synonyms_refine.txt", "objhal")
     ids = [eval_chair.image_id(row) for row in rows]
     truth = eval_chair.load_truth(folder / "chair" / "annotations", ids, vocabulary)
@@ -73,16 +72,16 @@ def objhal(folder: Path, data: Path) -> None:
         names |= {"n": "sentence_num", "n_with_object": "coco_sentence_num", "n_recalled": "coco_word_count"}
         for name, key in names.items():
             check(f"objhal {mode}: {name}", scores[name], theirs[key])
-        header = eval_common.header("", "", [], rows)
+        header = stats.header("", "", [], rows)
         check(f"objhal {mode}: mean words", header["mean_words"], theirs["avg_word_len"])
 
 
-def pope(folder: Path) -> None:
-    expected = eval_common.read_json(folder / "pope" / "expected.json")
+def check_pope(folder: Path) -> None:
+    expected = files.read_json(folder / "pope" / "expected.json")
     splits = ("random", "popular", "adversarial")
     answers = [str(folder / "pope" / f"answers_{split}.jsonl") for split in splits]
     labels = [str(folder / "pope" / f"labels_{split}.jsonl") for split in splits]
-    result, _ = eval_pope.score(answers, labels)
+    result, _ = pope.score(answers, labels)
     names = ("accuracy", "precision", "recall", "f1", "yes_ratio")
     keys = ("Accuracy", "Precision", "Recall", "F1 score", "Yes ratio")
     for split in splits:
@@ -97,7 +96,7 @@ def pope(folder: Path) -> None:
 
 
 def toy_similarity(folder: Path):
-    vectors = {word: dict(v) for word, v in eval_common.read_json(folder / "toy_vectors.json")["vectors"].items()}
+    vectors = {word: dict(v) for word, v in files.read_json(folder / "toy_vectors.json")["vectors"].items()}
 
     def similar(a: str, b: str) -> bool:
         u, v = vectors.get(a, {}), vectors.get(b, {})
@@ -106,28 +105,28 @@ def toy_similarity(folder: Path):
     return similar
 
 
-def amber(folder: Path, data: Path) -> None:
+def check_amber(folder: Path, data: Path) -> None:
     folder = folder / "amber"
-    expected = eval_common.read_json(folder / "expected.json")
-    annotations, relation, safe = eval_amber.load_data(data / "amber")
-    similarity = {"exact": eval_amber.load_similarity("exact"), "toy": toy_similarity(folder)}
+    expected = files.read_json(folder / "expected.json")
+    annotations, relation, safe = amber.load_data(data / "amber")
+    similarity = {"exact": amber.load_similarity("exact"), "toy": toy_similarity(folder)}
     keys = {"bad_nouns": "chair_score", "nouns": "chair_num", "covered": "safe_cover_score", "truth": "safe_cover_num"}
     keys |= {"marked": "hallu_cover_score", "hallu": "hallu_cover_num", "clean": "non_hallu_score"}
     for mode, similar in similarity.items():
         theirs = expected[f"generative_{mode}"]
         ours = {
-            key: eval_amber.score_nouns(response["nouns"], annotations[int(key) - 1], relation, safe, similar)
+            key: amber.score_nouns(response["nouns"], annotations[int(key) - 1], relation, safe, similar)
             for key, response in theirs["per_response"].items()
         }
         for name, key in keys.items():
             found = [counts[name] for counts in ours.values()]
             check(f"amber {mode}: {key} of every response", found, [r[key] for r in theirs["per_response"].values()])
-        table = eval_amber.generative_table({n: sum(c[n] for c in ours.values()) for n in (*keys, "rows")})
+        table = amber.generative_table({n: sum(c[n] for c in ours.values()) for n in (*keys, "rows")})
         for name, value in theirs["printed"].items():
             check(f"amber {mode}: printed {name}", table[name.lower()], value)
     args = argparse.Namespace(partial=True, yes_no="exact", tagger=None, no_tagger=False, similarity="exact")
     data = (annotations, relation, safe)
-    result, _ = eval_amber.score([str(folder / "discriminative.json")], data, None, similarity["exact"], args)
+    result, _ = amber.score([str(folder / "discriminative.json")], data, None, similarity["exact"], args)
     ours_of = {"Descriminative": "overall", "Exsitence": "existence"}
     for mode in ("d", "de", "da", "dr"):
         for name, row in expected[f"discriminative_{mode}"]["printed"].items():
@@ -135,10 +134,10 @@ def amber(folder: Path, data: Path) -> None:
             check(f"amber {mode}: printed {name}", {key: ours[key.lower()] for key in row}, row)
 
 
-def mmhal(folder: Path) -> None:
-    expected = eval_common.read_json(folder / "mmhal" / "expected.json")
+def check_mmhal(folder: Path) -> None:
+    expected = files.read_json(folder / "mmhal" / "expected.json")
     reviews = str(folder / "mmhal" / "reviews.mmhal_test_eval.json")
-    result, _ = eval_mmhal.score(reviews, argparse.Namespace(answers=None, prompt=None))
+    result, _ = mmhal.score(reviews, argparse.Namespace(answers=None, prompt=None))
     scores = [row["rating"] or 0 for row in result["rows"]]
     check("mmhal: every score", scores, expected["scores"])
     check("mmhal: every flag", [int(score < 3) for score in scores], expected["hallucination_flags"])
@@ -162,9 +161,9 @@ def main() -> None:
     folder = args.oracles / "eval" if (args.oracles / "eval").is_dir() else args.oracles
     chair(folder, args.data)
     objhal(folder, args.data)
-    pope(folder)
-    amber(folder, args.data)
-    mmhal(folder)
+    check_pope(folder)
+    check_amber(folder, args.data)
+    check_mmhal(folder)
     print(f"{len(FAILED)} failed")
     sys.exit(bool(FAILED))
 

@@ -1,6 +1,6 @@
 """Compares the project with numbers that the reference libraries and the released code wrote down, entry by entry.
 
-    python tests/oracles_model.py --oracles DIR [--tokenizer tokenizer.json]
+    python -m tests.oracles_model --oracles DIR [--tokenizer tokenizer.json]
 
 DIR holds tiny checkpoints in every layout and what transformers, peft and the official LLaVA and Bunny code made of
 them; --tokenizer is the real Llama vocabulary. One PASS or FAIL line per entry, exit status 1 on a failure.
@@ -21,15 +21,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torchvision.transforms.v2.functional import resized_crop
 
+import data
+import losses
+import pictures
+
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, from any folder
 
-import bunny
-import images
-import losses
+from bases.adapter import load_adapter
+from bases.checkpoint import load_base
+from bases.tokenizer import load_tokenizer
 from data import Processor
 from generate import generate
-from lora import add_lora, load_adapter, lora_disabled, lora_modules, merge_lora
-from weights import load_base, load_tokenizer
+from lora import add_lora, lora_disabled, lora_modules, merge_lora
 
 LOGITS, LOGPS, FEATURES, EXACT = 2e-4, 1e-3, 1e-4, 0.0
 
@@ -76,8 +79,10 @@ def vision_states(tower, picture: Tensor) -> list[Tensor]:
 # ---- LLaVA ---------------------------------------------------------------------------------------------------------
 
 
-def pictures(root: Path, names: list[str], spec: images.ImageSpec) -> Tensor:
-    return torch.stack([images.prepare(images.open_image(root / "images" / n), spec) for n in names])  # (B, 3, S, S)
+def pictures(root: Path, names: list[str], spec: pictures.ImageSpec) -> Tensor:
+    return torch.stack(
+        [pictures.prepare(pictures.open_image(root / "images" / n), spec) for n in names]
+    )  # (B, 3, S, S)
 
 
 def check_llava(report: Report, root: Path, name: str, expected, texts: list[dict], vocab_rows: int = 0) -> None:
@@ -150,11 +155,11 @@ def check_preprocess(report: Report, root: Path) -> None:
     expected = np.load(root / "expected_preprocess.npz")
     for key in expected:
         name, mode = key.split("/")
-        picture = images.open_image(root / "images" / name)
+        picture = pictures.open_image(root / "images" / name)
         if mode in ("pad", "crop"):
-            ours = images.prepare(picture, images.ImageSpec(56, mode))
+            ours = pictures.prepare(picture, pictures.ImageSpec(56, mode))
         else:
-            ours = torch.tensor(np.asarray(images.square(picture, images.ImageSpec(336)))[::7, ::7])
+            ours = torch.tensor(np.asarray(pictures.square(picture, pictures.ImageSpec(336)))[::7, ::7])
         report.close(f"pixels {key}", ours, expected[key], EXACT)
 
 
@@ -182,8 +187,8 @@ def check_bunny(report: Report, root: Path, vision: Path | None) -> None:
     model, folder = load_base(str(root / "tiny-bunny"), vision=vision)
     facts = json.loads((root / "bunny_text.json").read_text())
     expected, texts = np.load(root / "expected_bunny.npz"), facts["pairs"]
-    processors = {"mdpo": Processor(load_tokenizer(folder), model.config, bunny.TEMPLATE_RELEASED),
-                  "template": Processor(load_tokenizer(folder), model.config, bunny.TEMPLATE)}  # fmt: skip
+    processors = {"mdpo": Processor(load_tokenizer(folder), model.config, data.TEMPLATE_RELEASED),
+                  "template": Processor(load_tokenizer(folder), model.config, data.TEMPLATE)}  # fmt: skip
     x = pictures(root, [t["image"] for t in texts], processors["mdpo"].template.image)
     report.close(f"{label}: pixel_values", x, expected["pixel_values"], EXACT)
     report.close(f"{label}: vision features", model.vision_tower(x), expected["vision_features"], FEATURES)
@@ -226,11 +231,11 @@ def check_crop_draws(report: Report, root: Path) -> None:
             def integers(self, high):
                 return 0
 
-        w, h = images.crop_box(size, size, Replay(), 0.01, 0.2)[2:]
+        w, h = pictures.crop_box(size, size, Replay(), 0.01, 0.2)[2:]
         report.equal(f"crop size {key}", (w, h), (box["width"], box["height"]))
         x = torch.randn(3, size, size)
         theirs = resized_crop(x, box["top"], box["left"], h, w, [size, size], antialias=False)
-        report.close(f"crop pixels {key}", images.resized_crop(x, box["top"], box["left"], h, w), theirs, 1e-5)
+        report.close(f"crop pixels {key}", pictures.resized_crop(x, box["top"], box["left"], h, w), theirs, 1e-5)
 
 
 # ---- LoRA, losses, training ----------------------------------------------------------------------------------------
@@ -291,7 +296,7 @@ def check_run(report: Report, root: Path, objective: str) -> None:
     x = torch.tensor(main["pixel_values"])
 
     def score(rows, boxes):
-        crops = torch.stack([images.resized_crop(x[i], *box) for i, box in zip(rows, boxes, strict=True)])
+        crops = torch.stack([pictures.resized_crop(x[i], *box) for i, box in zip(rows, boxes, strict=True)])
         cases = ((sides["chosen"], x[rows]), (sides["rejected"], x[rows]), (sides["chosen"], crops))
         return losses.Logps(*(losses.sequence_logps(model(i[rows], p), i[rows], m[rows]) for (i, m), p in cases))
 

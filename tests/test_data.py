@@ -14,23 +14,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from tokenizers import Tokenizer, models, normalizers
 
-import images
 import losses
-from bunny import TEMPLATE, TEMPLATE_RELEASED
-from data import (
-    EpochSampler,
-    Example,
-    PairData,
-    Processor,
-    collate,
-    example_loader,
-    find_problems,
-    pad_rows,
-    token_lengths,
-    usable,
-)
+import pictures
+from data import BUNNY as TEMPLATE
+from data import BUNNY_RELEASED as TEMPLATE_RELEASED
+from data import EpochSampler, Example, Pair, PairData, Problem, Processor, collate, example_loader, pad_rows
+from formats.check import find_problems, token_lengths, usable
 from model import Config, VisionConfig
-from readers import Pair, Problem
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -205,15 +195,15 @@ def test_cut_long_cuts_responses_only_and_counts(capsys):
 
 def test_pictures_of_an_example():
     example = PairData(PAIRS, PROCESSOR, "crop")[0, 2]
-    original = images.open_image(PAIRS[2].image)
-    assert torch.equal(example.image, images.prepare(original, images.ImageSpec(size=28)))
+    original = pictures.open_image(PAIRS[2].image)
+    assert torch.equal(example.image, pictures.prepare(original, pictures.ImageSpec(size=28)))
     # the crop is drawn from (seed, row, epoch) = (0, 3, 0) alone
-    cropped = images.crop(original, np.random.default_rng((0, 3, 0)))
-    assert torch.equal(example.image_rejected, images.prepare(cropped, images.ImageSpec(size=28)))
+    cropped = pictures.crop(original, np.random.default_rng((0, 3, 0)))
+    assert torch.equal(example.image_rejected, pictures.prepare(cropped, pictures.ImageSpec(size=28)))
     assert PairData(PAIRS, PROCESSOR)[0, 2].image_rejected is None
 
 
-@pytest.mark.parametrize("strategy", [s for s in images.STRATEGIES if s not in ("black", "same", "given", "random")])
+@pytest.mark.parametrize("strategy", [s for s in pictures.STRATEGIES if s not in ("black", "same", "given", "random")])
 def test_m_l_is_new_in_each_epoch_and_for_each_seed(strategy):
     data = PairData(PAIRS, PROCESSOR, strategy)
     m_l = [data[key].image_rejected for key in ((0, 1), (0, 1), (1, 1), (0, 2))]
@@ -231,7 +221,7 @@ def test_same_given_and_random():
     same = PairData(PAIRS, PROCESSOR, "same")[0, 0]
     assert torch.equal(same.image_rejected, same.image)
     given = PairData([pair(image_rejected=png(99))], PROCESSOR, "given")[0, 0]
-    assert torch.equal(given.image_rejected, PROCESSOR.prepare(images.open_image(png(99))))
+    assert torch.equal(given.image_rejected, PROCESSOR.prepare(pictures.open_image(png(99))))
     random = PairData(PAIRS, PROCESSOR, "random")
     m_w = [random[0, i].image for i in range(6)]
     chosen = {(i, next(j for j in range(6) if torch.equal(random[e, i].image_rejected, m_w[j])))

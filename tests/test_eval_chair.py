@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from llm_server import endpoint
+from llm_server import serve
 
 import eval_chair
 from eval_chair import chair_scores, load_vocabulary, noun_objects, phrase_nouns, reply_objects, text_objects
@@ -232,7 +232,7 @@ def test_extractor_over_http_and_offline(tmp_path, coco, synonyms):
     path, out = write(tmp_path / "a.jsonl", rows), tmp_path / "r.json"
     common = ["--answers", path, "--protocol", "objhal"]
     llm = ["--extractor-model", "m", "--backoff", "0", "--rate", "1000"]
-    with endpoint(["garbage"], lambda body: 'Sure:\n["man", "large dog", "man", "bear"]') as server:
+    with serve(["garbage"], lambda body: 'Sure:\n["man", "large dog", "man", "bear"]') as server:
         result = run(coco, synonyms, out, *common, *llm, "--extractor", server.url)
         assert len(server.seen) == 2
         body = server.seen[1].body

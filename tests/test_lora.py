@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tiny_models import batch, llava, phi_and_siglip, write_bunny, write_library
 
-from bunny import Bunny
-from bunny import Config as BunnyConfig
-from lora import LoRALinear, add_lora, load_adapter, lora_disabled, lora_modules, merge_lora, save_adapter
+from bases.adapter import load_adapter, save_adapter
+from bases.bunny import Bunny
+from bases.bunny import Config as BunnyConfig
+from bases.checkpoint import load_model
+from lora import LoRALinear, add_lora, lora_disabled, lora_modules, merge_lora
 from model import BASES, LLaVA
-from weights import load_model
 
 LINEARS = 3 * 7  # decoder layers x (q, k, v, o, gate, up, down)
 REGEX = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -318,7 +319,7 @@ def test_a_save_that_goes_wrong_leaves_the_old_file(ours, tmp_path, monkeypatch)
     def broken(state, file, metadata):
         save_file({k: v + (1e-3 if "layers.1" in k else 0) for k, v in state.items()}, file, metadata)
 
-    monkeypatch.setattr("lora.save_file", broken)
+    monkeypatch.setattr("bases.adapter.save_file", broken)
     with pytest.raises(AssertionError, match="read back"):
         save_adapter(ours, tmp_path, "b")
     assert (tmp_path / "adapter_model.safetensors").read_bytes() == old

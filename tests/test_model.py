@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from tiny_models import IMAGE_ID, PATCHES, batch, llava, write_library
 
 import losses
+from bases.checkpoint import load_model
 from model import BASES, LLaVA, VisionConfig, VisionTower, causal
-from weights import load_model
 
 
 @pytest.fixture(scope="module", params=[4, 2], ids=["4 key heads", "2 key heads"])

@@ -10,10 +10,12 @@ from PIL import Image, ImageColor
 import losses
 import toy
 import train
+from bases.checkpoint import load_base
+from bases.tokenizer import load_tokenizer
 from data import Processor
+from formats.readers import read_pairs
+from lab import demo as demo_command
 from model import BASES, LLaVA
-from readers import read_pairs
-from weights import load_base, load_tokenizer
 
 TINY = dict(
     toy.WORLD, scenes=64, tower_steps=2, tower_batch=8, sft_steps=2, sft_batch=8, pairs=8, held_out_pairs=4,
@@ -35,7 +37,8 @@ def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "toy-demo-7"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(toy, "WORLD", TINY)
-        train.main(["--base", "toy", "--seed", "7", "--out", str(folder), "--epochs", "1", "--batch", "4"])
+        patch.setattr(toy, "SETTINGS", toy.SETTINGS | dict(epochs=1, batch=4))
+        demo_command.main(["--seeds", "7", "--out", str(folder)])
     return folder
 
 
@@ -103,7 +106,7 @@ def test_d_prime_and_c_by_hand(text, expected):
 
 
 def test_sft_control_is_maximum_likelihood():
-    own = toy.CONTROLS["SFT on y_w"]
+    own = demo_command.CONTROLS["SFT on y_w"]
     chosen = torch.tensor([-10.0], requires_grad=True)
     policy, reference = losses.Logps(chosen, torch.tensor([-9.0])), losses.Logps(torch.tensor([-12.0]), chosen.detach())
     terms = losses.mdpo_terms(losses.rewards(policy, reference, own["beta"]), own["delta"], own["terms"])
@@ -147,7 +150,7 @@ def test_demo_leaves_everything_in_one_folder(demo):
     assert first["dpo"]["logps/chosen"] != pytest.approx(first["dpo-no-image"]["logps/chosen"], abs=1e-3)
     assert Image.open(demo / "captions.png").size == (1160, 1040)  # five scenes of 208 pixels
     with pytest.raises(SystemExit, match="not empty"):
-        train.main(["--base", "toy", "--seed", "7", "--out", str(demo)])
+        demo_command.main(["--seeds", "7", "--out", str(demo)])
 
 
 def test_pairs_are_the_judges_and_read_like_any_others(demo):
@@ -158,15 +161,16 @@ def test_pairs_are_the_judges_and_read_like_any_others(demo):
     assert all(toy.style(p.chosen) > toy.style(p.rejected) for p in pairs + held_out)  # s = 1
 
 
-def test_a_recipe_reuses_the_demos_base(demo, tiny, monkeypatch):
-    monkeypatch.setattr(toy, "train_base", lambda *_: pytest.fail("the base was trained again"))
-    out = demo.parent / "run"
+def test_one_recipe_makes_its_world_and_ends_with_its_table(tiny, tmp_path):
+    out = tmp_path / "run"
     flags = ["--base", "toy", "--recipe", "dpo", "--seed", "7", "--max-steps", "1", "--batch", "4"]
     train.main([*flags, "--out", str(out)])
     args = json.loads((out / "args.json").read_text())
-    assert args["weights"] == str(demo / "base") and args["data"] == str(demo / "pairs" / "train.jsonl")
+    world = tmp_path / "toy-world-7"
+    assert args["weights"] == str(world / "base") and args["data"] == str(world / "pairs" / "train.jsonl")
+    assert list(json.loads((out / "table.json").read_text())) == ["base", "dpo"] and (out / "captions.png").is_file()
     with pytest.raises(SystemExit, match="--weights"):
-        train.main([*flags, "--weights", str(demo / "base")])
+        train.main([*flags, "--weights", str(world / "base")])
 
 
 def test_base_opens_in_our_loader_and_in_transformers(tmp_path, tiny, monkeypatch):

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 import losses
 import train
+from bases.checkpoint import load_model
 from data import Batch, Tokens
-from weights import load_model
 
 
 def run(base, data, out, *flags):

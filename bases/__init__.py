@@ -1,0 +1,1 @@
+"""The models people have: their files and names, turned into our modules and back."""

@@ -1,0 +1,107 @@
+"""Seconds for 64 greedy captions of 128 tokens: ours, transformers' generate in the same batches, and one at a time.
+
+    python -m bench.generation --batch 16 --rounds 3
+
+Random weights of the mini shape (vision 256/1024/4/4, decoder 512/1376/8/8, vocabulary 32,064, 576 image tokens),
+no end token, so that all write 128. The three take turns. Not collected by pytest; results stand in docs/results.md.
+"""
+
+import argparse
+import dataclasses
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+import generate
+from bases import checkpoint
+
+
+def models(device: str, dtype: torch.dtype):
+    """One set of random weights in transformers' module and in ours."""
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4,
+                              image_size=336, patch_size=14)  # fmt: skip
+    text = LlamaConfig(vocab_size=32064, hidden_size=512, intermediate_size=1376, num_hidden_layers=8,
+                       num_attention_heads=8, num_key_value_heads=8, rms_norm_eps=1e-5)  # fmt: skip
+    theirs = LlavaForConditionalGeneration(LlavaConfig(
+        vision_config=vision, text_config=text, image_token_id=32000)).eval()  # fmt: skip
+    theirs.generation_config.pad_token_id = 32001
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        ours = checkpoint.load_model(Path(folder), None, dtype, device)
+    ours.config = dataclasses.replace(ours.config, eos_id=-1)  # nothing ends early
+    return ours, theirs.to(device, dtype)
+
+
+def questions(n: int):
+    """n prompts of 30 to 60 text tokens around 576 image tokens, and random pictures (n, 3, 336, 336)."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = []
+    for i in range(n):
+        words = torch.randint(3, 32000, (30 + i % 31,), generator=generator)
+        prompts.append(torch.cat([torch.tensor([1]), torch.full((576,), 32000), words]))
+    prompts.sort(key=len, reverse=True)
+    return prompts, torch.randn(n, 3, 336, 336, generator=generator)
+
+
+def run_ours(model, prompts, images, batch: int, new: int) -> list[list[int]]:
+    out = []
+    for i in range(0, len(prompts), batch):
+        out += generate.generate(model, prompts[i : i + batch], images[i : i + batch], new)
+    return out
+
+
+@torch.no_grad()
+def run_theirs(model, prompts, images, batch: int, new: int) -> list[list[int]]:
+    out = []
+    for i in range(0, len(prompts), batch):
+        rows = prompts[i : i + batch]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, True, 32001, padding_side="left").to(model.device)  # (B, T)
+        found = model.generate(
+            input_ids=ids, attention_mask=(ids != 32001).long(), max_new_tokens=new, do_sample=False,
+            pixel_values=images[i : i + batch].to(model.device, model.dtype), eos_token_id=None,
+            suppress_tokens=list(range(32000, 32064)))  # fmt: skip
+        out += found[:, ids.shape[1] :].tolist()
+    return out
+
+
+def main(argv=None) -> None:
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--captions", type=int, default=64)
+    p.add_argument("--tokens", type=int, default=128, help="tokens a caption")
+    p.add_argument("--batch", type=int, default=16, help="captions a batch, ours and theirs")
+    p.add_argument("--rounds", type=int, default=3)
+    p.add_argument("--device", default="cpu")
+    p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    args = p.parse_args(argv)
+    ours, theirs = models(args.device, getattr(torch, args.dtype))
+    prompts, images = questions(args.captions)
+    sides = {
+        "ours": lambda: run_ours(ours, prompts, images, args.batch, args.tokens),
+        "transformers, same batch": lambda: run_theirs(theirs, prompts, images, args.batch, args.tokens),
+        "transformers, one at a time": lambda: run_theirs(theirs, prompts, images, 1, args.tokens),
+    }
+    seconds, answers = {name: [] for name in sides}, {}
+    for _ in tqdm(range(args.rounds), "rounds", disable=None):
+        for name, side in sides.items():
+            start, cpu = time.perf_counter(), time.process_time()
+            answers[name] = side()
+            seconds[name].append((time.perf_counter() - start, time.process_time() - cpu))
+            print(f"{name}: {seconds[name][-1][0]:.1f} s, CPU {seconds[name][-1][1]:.1f} s", flush=True)
+    print(f"{args.captions} captions of {args.tokens} tokens, batch {args.batch}, {args.device} {args.dtype}, "
+          f"{torch.get_num_threads()} threads")  # fmt: skip
+    wall, cpu = ({name: [run[i] for run in runs] for name, runs in seconds.items()} for i in (0, 1))
+    for name, runs in wall.items():
+        same = sum(a == b for a, b in zip(answers["ours"], answers[name], strict=True))
+        times = statistics.median(runs) / statistics.median(wall["ours"])
+        print(f"{name:28s} {statistics.median(runs):7.1f} s ({min(runs):.1f}-{max(runs):.1f})  {times:5.2f} x ours  "
+              f"CPU {statistics.median(cpu[name]):6.1f} s  {same}/{args.captions} answers equal")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

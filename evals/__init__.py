@@ -1,0 +1,1 @@
+"""Answers to numbers, as the official scripts of the benchmarks count."""

@@ -1,0 +1,158 @@
+"""MMHal-Bench (LLaVA-RLHF, Sun et al. 2023): 96 questions whose answers a language model rates from 0 to 6.
+
+The judge sees the objects in the picture, the question, a human's answer and ours, not the picture. Ratings below 3
+mean that something is invented. Ratings by different judges or prompts do not compare; the published ones come from
+GPT-4 versions that are switched off.
+
+Deviations:
+1. Any OpenAI-compatible judge; a reply is taken whatever model name it carries.
+2. The judge's prompt is not part of this repository (it is GPL-3.0): give your own copy, a text file or the
+   eval_gpt_mmhal.py that holds it. Its sha256 is in the result, with a warning when it is not the official text.
+
+Run: python -m evals.mmhal --answers answers.jsonl --template response_template.json --prompt prompt.txt
+     --judge http://localhost:8000/v1 --judge-model M --reviews reviews.json [--json result.json]
+     python -m evals.mmhal --reviews reviews.json      scores saved reviews again; what only --answers, --template and
+     --prompt can tell (lengths, generation settings, that the reviews belong to them) is null then
+"""
+
+import ast
+
+from evals import stats
+from evals.stats import Part, ratio
+from external import endpoint, files
+
+SCORER = "eval_mmhal.py 1"
+N = 96
+TYPES = ("attribute", "adversarial", "comparison", "counting", "relation", "environment", "holistic", "other")
+OFFICIAL_PROMPT = "2c73d8c50f1740d000fae62cfeed103c2f7a5bcfa904b27e6e09900e7ce600cc"
+
+
+def rating(reply: str) -> int | None:
+    """The one digit 0-6 that follows "rating: " (exactly one blank); None when there is none, or two different ones."""
+    found = [digit for digit in range(7) if f"rating: {digit}" in reply.lower()]
+    return found[0] if len(found) == 1 else None
+
+
+def mmhal_metrics(s: dict) -> dict:
+    """Sums -> metrics; numbers or arrays."""
+    return {
+        "score": ratio(s["score"], s["rows"]),
+        "hallucination_rate": ratio(s["hallucinated"], s["rows"]),
+        "informativeness": ratio(s["informative"], 3 * s["rows"]),  # RLHF-V's addition
+    }
+
+
+def mmhal_part(scores: list[int]) -> Part:
+    counts = [{"rows": 1, "score": s, "hallucinated": int(s < 3), "informative": s - 3 * (s >= 3)} for s in scores]
+    return Part(list(range(len(scores))), counts, mmhal_metrics)
+
+
+def mmhal_scores(scores: list[int]) -> dict:
+    """Metrics of the ratings in the benchmark's order, where record i is of type i mod 8."""
+    per_type = {name: scores[i::8] for i, name in enumerate(TYPES)}
+    means = {name: sum(found) / len(found) if found else None for name, found in per_type.items()}
+    return stats.values(mmhal_part(scores)) | {"per_type": means}
+
+
+def read_prompt(path: str) -> tuple[str, str]:
+    """The judge's prompt with its four {} and its sha256."""
+    text = files.read_text(path)
+    if path.endswith(".py"):
+        constants = (node.value for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Constant))
+        text = next((c for c in constants if isinstance(c, str) and c.count("{}") == 4), "")
+    elif files.sha256(text.removesuffix("\n").encode()) == OFFICIAL_PROMPT:
+        text = text.removesuffix("\n")  # a line end that an editor added
+    if text.count("{}") != 4:
+        raise SystemExit(f"{path}: the prompt needs four {{}}: picture contents, question, human answer, answer.")
+    return text, files.sha256(text.encode())
+
+
+def match(rows: list[dict], template: list[dict]) -> None:
+    """Answers must be in the template's order, one per record."""
+    if len(rows) != N or len(template) != N:
+        where = f"{rows[0]['_where']} on: {len(rows)} answers, {len(template)} template records"
+        raise SystemExit(f"{where}; MMHal-Bench has {N}, and all must be answered.")
+    for i, (row, record) in enumerate(zip(rows, template, strict=True)):
+        asked = row.get("question") or row.get("prompt") or ""
+        if record["question"].strip() not in asked:
+            raise SystemExit(f"{row['_where']}: answers {asked!r}, but question {i} of the template is "
+                             f"{record['question']!r}; the answers must be in the template's order.")  # fmt: skip
+
+
+def not_empty(reply: str) -> None:
+    if not reply.strip():
+        raise ValueError("an empty reply")
+
+
+def judge(rows: list[dict], template: list[dict], prompt: str, args) -> list[dict]:
+    """Replies to the 96 requests, new or saved."""
+    start, *between, end = prompt.split("{}")
+    requests = {}
+    for i, (row, record) in enumerate(zip(rows, template, strict=True)):
+        slots = [", ".join(record["image_content"]), record["question"], record["gt_answer"], row["answer"]]
+        content = start + "".join(slot + text for slot, text in zip(slots, [*between, end], strict=True))
+        requests[str(i)] = {"model": args.model, "messages": [{"role": "user", "content": content}], "temperature": 0}
+    return endpoint.ask_all(requests, args.reviews, not_empty, args)
+
+
+def score(path: str, args) -> tuple[dict, list[Part]]:
+    rows, digest = [], None
+    if args.answers:
+        rows, template = stats.read_answers(args.answers), files.read_rows(args.template)
+        match(rows, template)
+        for row in rows:
+            row["answer"] = row["answer"].replace("Assistant:", "").strip()
+        prompt, digest = read_prompt(args.prompt)
+        reviews = judge(rows, template, prompt, args)
+    else:
+        reviews = files.read_rows(path)
+    keys = [review.get("key", str(i)) for i, review in enumerate(reviews)]
+    if len(reviews) != N or keys != [str(i) for i in range(N)]:
+        raise SystemExit(f"{path}: {len(reviews)} reviews in the order {keys[:3]}...; all {N} are needed in order.")
+    ratings = []
+    for i, review in enumerate(reviews):
+        try:
+            ratings.append(rating(endpoint.reply_text(review)))
+        except ValueError as error:
+            raise SystemExit(f"{path}: review {i}: {error}; remove it and ask again.") from error
+    scores = [found or 0 for found in ratings]
+    models = sorted({str(review.get("request_model") or review.get("model")) for review in reviews})
+    protocol, part = f"MMHal-Bench, judge {', '.join(models)}", mmhal_part(scores)
+    result = stats.header(SCORER, protocol, [args.answers] if rows else [], rows, N)
+    if not rows:
+        result |= {"n": N, "n_empty": None, "generation": None, "warnings": []}
+    if digest not in (None, OFFICIAL_PROMPT):
+        result["warnings"].append(f"{args.prompt} is not the official prompt: not comparable with published scores")
+    if None in ratings:
+        result["warnings"].append(f"{ratings.count(None)} replies without exactly one rating, counted as 0")
+    result |= {
+        "judge": {"models": models, "prompt_sha256": digest, "prompt_official": digest and digest == OFFICIAL_PROMPT},
+        "reviews": {"path": path, "n_without_rating": ratings.count(None)},
+        **stats.summary(part),
+        "per_type": mmhal_scores(scores)["per_type"],
+        "rows": [{"id": i, "rating": found} for i, found in enumerate(ratings)],
+    }
+    return result, [part]
+
+
+def main(argv: list[str] | None = None) -> None:
+    what = "the judge's replies: written when asking, read when scoring again"
+    parser = stats.parser_of(__doc__, "--reviews", what, "files of reviews")
+    parser.add_argument("--answers", help="answers.jsonl, 96 rows in the template's order, or a filled template")
+    parser.add_argument("--template", help="response_template.json of MMHal-Bench")
+    parser.add_argument("--prompt", help="your copy of the judge's prompt")
+    parser.add_argument("--judge", dest="url", help="OpenAI-compatible endpoint, such as http://localhost:8000/v1")
+    parser.add_argument("--judge-model", dest="model", help="name of the model there")
+    endpoint.llm_flags(parser)
+    args = parser.parse_args(argv)
+    together = [args.answers, args.template, args.prompt]
+    if any(together) and not (all(together) and args.reviews) or args.url and not (args.model and args.answers):
+        parser.error("--answers, --template, --prompt and --reviews go together; --judge needs them and --judge-model")
+    scored = [score(path, args) for path in args.compare or [args.reviews]]
+    for result, _ in scored:
+        print(" | ".join(f"{name} {value:.2f}" for name, value in result["per_type"].items()))
+    stats.report(scored, args.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""questions.jsonl from the benchmarks' own files, and the reading of questions and of answers that were begun.
+
+    python -m evals.questions pope coco_pope_random.json --out pope/random.jsonl
+    python -m evals.questions folder pictures --prompt "Describe this image." --out q.jsonl
+
+A row is {id, image, prompt, source} and what the benchmark's scorer wants; `image` is a path inside the questions'
+folder or generate.py's --image-root. Nothing is fetched: OFFICIAL says where the files are. One that is not a published
+version is used with a warning that also stands in every row's `source`, or refused with --strict.
+
+Deviations from the benchmarks
+1. AMBER's yes-or-no questions say nothing of the form of the answer, but the scorer takes only Yes and No: AMBER_SUFFIX
+   is added. POPE's get the suffix of LLaVA's evaluation.
+2. Object HalBench's pictures lie in its rows as base64; they are written out, unchanged, beside the questions.
+"""
+
+import argparse
+import base64
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tqdm import tqdm
+
+import pictures
+from data import BadRow, bare_question
+from evals import pope
+from external import files
+
+POPE_SUFFIX = "\nAnswer the question using a single word or phrase."
+AMBER_SUFFIX = "\nAnswer with one word, Yes or No."
+ADDED = ("answer", "n_tokens", "finish")  # what an answers row has more than its question
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"}
+
+
+# ---- reading: questions, and answers that were begun ---------------------------------------------------------------
+
+
+def check_question(row: dict, root: Path) -> Path:
+    """The picture of a question row. BadRow if it cannot be asked."""
+    if not isinstance(row.get("id"), str | int):
+        raise BadRow("no id")
+    for name in ("image", "prompt"):
+        if not isinstance(row.get(name), str) or not row[name].strip():
+            raise BadRow(f"no {name}")
+    if taken := [name for name in ADDED if name in row]:
+        raise BadRow("a field has the name of one that is added to answers", ", ".join(taken))
+    bare_question(row["prompt"])
+    try:
+        return files.inside(root, row["image"])
+    except ValueError as e:
+        raise BadRow("image path leaves the image folder", str(e)) from None
+
+
+def read_questions(file: Path, image_root: Path | None) -> tuple[dict[str, dict], dict[str, Path]]:
+    """id -> question row, id -> picture. SystemExit with file, row and id if any question cannot be asked."""
+    rows, root = files.read_rows(file), Path(image_root or file.parent).resolve()
+    questions, paths, wheres, problems = {}, {}, {}, []
+    for row in rows:
+        where, key = row.pop("_where"), str(row.get("id"))
+        try:
+            path = check_question(row, root)
+            if key in questions:
+                raise BadRow("this id was there before", wheres[key])
+            questions[key], paths[key], wheres[key] = row, path, where
+        except BadRow as e:
+            problems.append(f"{where}: id {key}: {': '.join(e.args)}")
+    wanted = sorted(set(paths.values()))
+    with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter lock
+        checked = tqdm(pool.map(pictures.picture_problem, wanted), "pictures", len(wanted), disable=None)
+        broken = dict(zip(wanted, checked, strict=True))
+    problems += [f"{wheres[key]}: id {key}: {broken[path]}" for key, path in paths.items() if broken[path]]
+    if problems:
+        shown = "\n".join(problems[:5])
+        raise SystemExit(f"{shown}\n{len(problems)} of {len(rows)} questions cannot be asked; nothing was generated. "
+                         "Mend the file, or give the folder of the pictures with --image-root.")  # fmt: skip
+    return questions, paths
+
+
+# ---- making: one function per benchmark, its file -> rows ----------------------------------------------------------
+
+
+OFFICIAL = {  # benchmark: {sha256, or git's hash of the blob: version}, where the file is, where the pictures are
+    "objhal": (
+        {"e89c705f3cdebc35b7863878e059c88a97506767b87ad17014d58428ce6547a7": "RLHF-V",
+         "cb8e15a81a1ddf720f306fda0decefb1ed80c31f": "RLHF-V"},
+        "eval/data/obj_halbench_300_with_image.jsonl of github.com/RLHF-V/RLHF-V (300 rows, 63.5 MB)", "beside it"),
+    "amber-generative": (
+        {"b7e4c36596126ee36d2c3922638b7fa98743c26efda78fea2315f4425258d087": "AMBER 534babf6"},
+        "data/query/query_generative.json of github.com/junyangwang0410/AMBER (1,004 rows)", "see its README"),
+    "amber-discriminative": (
+        {"1502887ac020f4bb7ea564af4e37bddcb030d61b78490d00f9da492a2307abb8": "AMBER 534babf6"},
+        "data/query/query_discriminative.json of github.com/junyangwang0410/AMBER (14,216 rows)", "see its README"),
+    "pope": (pope.VERSIONS, "output/coco/coco_pope_{random,popular,adversarial}.json of github.com/RUCAIBox/POPE "
+             "(3,000 rows each; the older ones: its commit e3e3926)", "COCO val2014 (cocodataset.org)"),
+    "mmhal": (
+        {"28ed24e19ffef292597c35f1dad37760b2e0a088b3b40ca3b50f105fc1b951bb": "MMHal-Bench"},
+        "response_template.json of huggingface.co/datasets/Shengcao1006/MMHal-Bench (96 rows)", "its test_data.zip"),
+}  # fmt: skip
+
+
+def objhal(row: dict, number: int) -> dict:
+    picture = base64.b64decode(row["image"], validate=True)
+    pictures.open_image(picture)  # ValueError if it is none
+    name = f"images/COCO_val2014_{int(row['image_id']):012d}.jpg"
+    return {"id": row["image_id"], "image": name, "prompt": row["question"], "image_id": row["image_id"],
+            "_picture": picture}  # fmt: skip
+
+
+def amber(row: dict, number: int) -> dict:
+    suffix = AMBER_SUFFIX if row["id"] > 1004 else ""  # the ids above are the yes-or-no questions
+    return {"id": row["id"], "image": row["image"], "prompt": row["query"] + suffix}
+
+
+def pope(row: dict, number: int) -> dict:
+    return {"id": row["question_id"], "image": row["image"], "prompt": row["text"] + POPE_SUFFIX,
+            "question_id": row["question_id"], "label": row["label"]}  # fmt: skip
+
+
+def mmhal(row: dict, number: int) -> dict:
+    name = row["image_src"].rpartition("/")[2]
+    return {"id": number, "image": name, "prompt": row["question"], "question_type": row["question_type"]}
+
+
+MAKERS = {"objhal": objhal, "amber-generative": amber, "amber-discriminative": amber, "pope": pope, "mmhal": mmhal}
+
+
+def version(benchmark: str, file: Path, strict: bool) -> str:
+    """Which published file this is, by its hash, for the rows' `source`; unknown ones warn, or end the run."""
+    hashes, official, _ = OFFICIAL[benchmark]
+    if not file.is_file():
+        raise SystemExit(f"{file}: no such file. The official one: {official}")
+    data = file.read_bytes()
+    digest, blob = files.sha256(data), hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+    name = hashes.get(digest) or hashes.get(blob)
+    if not name:
+        message = f"{file}: not a published version of {benchmark} (sha256 {digest}). The official one: {official}"
+        if strict:
+            raise SystemExit(message)
+        print(f"warning: {message}")
+    return f"{benchmark}, {name or 'UNKNOWN VERSION'}, sha256 {digest[:16]}"
+
+
+def make(benchmark: str, file: Path, strict: bool) -> list[dict]:
+    """The rows of a benchmark's file, in its order. SystemExit with file and row if one does not fit."""
+    source = version(benchmark, file, strict)
+    found, rows = files.read_rows(file), []
+    for number, row in enumerate(tqdm(found, benchmark, disable=None)):
+        try:
+            rows.append(MAKERS[benchmark](row, number) | {"source": source})
+        except KeyError as e:
+            raise SystemExit(f"{row['_where']}: no {e}; is this the file of {benchmark}?") from None
+        except (TypeError, ValueError) as e:  # not base64, not a picture, not a number
+            raise SystemExit(f"{row['_where']}: cannot be used ({e}); is the download complete?") from None
+    return rows
+
+
+def folder(root: Path, prompt: str) -> list[dict]:
+    """One row for each picture file below root, by name."""
+    files = sorted(f.relative_to(root).as_posix() for f in root.rglob("*") if f.suffix.lower() in SUFFIXES)
+    if not files:
+        raise SystemExit(f"{root}: no pictures ({', '.join(sorted(SUFFIXES))}) in this folder")
+    return [{"id": name, "image": name, "prompt": prompt, "source": "folder"} for name in files]
+
+
+def main(argv=None) -> None:
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("benchmark", choices=[*MAKERS, "folder"])
+    p.add_argument("file", type=Path, help="the benchmark's file of questions, or a folder of pictures")
+    p.add_argument("--out", type=Path, required=True, help="questions.jsonl")
+    p.add_argument("--prompt", help="the question about each picture of a folder")
+    p.add_argument("--strict", action="store_true", help="refuse a file that is not a published one")
+    args = p.parse_args(argv)
+    if (args.benchmark == "folder") != bool(args.prompt):
+        p.error("folder needs --prompt, and the benchmarks have their own")
+    if args.benchmark == "folder":
+        rows, pictures = folder(args.file, args.prompt), args.file
+    else:
+        rows, pictures = make(args.benchmark, args.file, args.strict), OFFICIAL[args.benchmark][2]
+    for row in rows:
+        if picture := row.pop("_picture", None):
+            (args.out.parent / "images").mkdir(parents=True, exist_ok=True)
+            (args.out.parent / row["image"]).write_bytes(picture)
+    files.write_rows(args.out, rows)
+    print(f"{args.out}: {len(rows)} questions. Their pictures: {pictures} (a folder elsewhere is --image-root)")
+
+
+if __name__ == "__main__":
+    main()

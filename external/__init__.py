@@ -1,0 +1,1 @@
+"""Where the world can fail us: disk, hub, network."""

@@ -1,0 +1,1 @@
+"""Experiments and pages. Nothing stands on them."""

@@ -1,0 +1,197 @@
+"""Answer files, intervals and the language-model client of eval_common.py, the client over real HTTP."""
+
+import json
+
+import pytest
+from llm_server import flags, serve
+
+from evals import stats
+from evals.stats import Part, ratio
+from external import endpoint
+from external.endpoint import ask_all
+
+
+def requests(*keys: str) -> dict[str, dict]:
+    return {key: {"model": "m", "messages": [{"role": "user", "content": f"question {key}"}]} for key in keys}
+
+
+def mean_part(ids: list, numbers: list[float]) -> Part:
+    return Part(ids, [{"sum": number, "n": 1} for number in numbers], lambda s: {"mean": ratio(s["sum"], s["n"])})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"id": 1, "answer": "a"}\n\n{"id": 2, "answer": ""}\n',
+        '\ufeff{"id": 1, "answer": "a"}\r\n{"id": 2, "answer": ""}',
+        '[{"id": 1, "response": "a"},\n {"id": 2, "response": ""}]',
+        '{"overall": {}, "imgToEval": {"1": {"id": 1, "caption": "a"}, "2": {"id": 2, "caption": ""}}}',
+        '{\n "imgToEval": {\n"1": {"id": 1, "caption": "a"}, "2": {"id": 2, "caption": ""}}}',
+    ],
+)
+def test_every_layout_gives_the_same_rows(tmp_path, text):
+    (tmp_path / "a").write_text(text, encoding="utf-8")
+    assert [(row["id"], row["answer"]) for row in stats.read_answers(tmp_path / "a")] == [(1, "a"), (2, "")]
+
+
+def test_our_answer_wins_over_the_question_text_of_the_label_row(tmp_path):
+    (tmp_path / "a").write_text('{"text": "Is there a dog?", "answer": "No", "model_answer": ""}')
+    assert stats.read_answers(tmp_path / "a")[0]["answer"] == "No"
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        (b'{"answer": "a"}\n{"answer": "caf\xe9"}\n', r"a:2: not UTF-8 \(byte 31\)"),
+        (b'{"answer": "a"}\n{"answer": "b"\n', "a:2: broken JSON"),
+        (b'[{"answer": "a"}, {"answer"', "a: broken JSON"),
+        (b'{"answer": "a", "answer": "b"}', "a:1: broken JSON .a key stands twice"),
+        (b'{"imgToEval": {"1": {"caption": "a"}, "1": {"caption": "b"}}}', "a key stands twice"),
+        (b'{"answer": "a"}\n{"id": 2}\n', "a:2: no answer"),
+        (b'[{"answer": "a"}, {"answer": null}]', "a row 1: `answer` is None"),
+        (b'{"answer": "a"}\n["b"]\n', "a:2: a row must be a JSON object"),
+        (b"\n \n", "a: no rows"),
+        (b"[]", "a: no rows"),
+        (None, "a: no such file"),
+    ],
+)
+def test_a_bad_file_ends_the_run_by_name(tmp_path, data, message):
+    if data is not None:
+        (tmp_path / "a").write_bytes(data)
+    with pytest.raises(SystemExit, match=message):
+        stats.read_answers(tmp_path / "a")
+
+
+def test_duplicates_name_both_places():
+    rows = [{"_where": f"a:{i}"} for i in (1, 2, 3)]
+    with pytest.raises(SystemExit, match="a:3: image 7 was answered at a:1 already"):
+        stats.check_unique([7, 8, 7], rows, "image")
+
+
+def test_header_counts_lengths_limits_and_copies_the_settings(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    path.write_text('{"answer": "one two three", "n_tokens": 5, "finish": "eos"}\n')
+    (tmp_path / "answers.settings.json").write_text('{"base": "b", "decoding": {"beams": 3}}')
+    rows = [
+        {"answer": "one two three", "n_tokens": 5, "finish": "eos"},
+        {"answer": " ", "n_tokens": 8, "finish": "length"},
+        {"answer": "four", "n_tokens": 2, "finish": "eos"},
+    ]
+    header = stats.header("s 1", "p", [str(path)], rows, 4)
+    assert header["mean_words"] == 4 / 3  # 3 + 0 + 1 words
+    assert header["mean_tokens"] == 5  # 15 tokens / 3
+    assert header["share_at_token_limit"] == 1 / 3
+    assert header["generation"] == {"base": "b", "decoding": {"beams": 3}}
+    assert (header["n"], header["n_expected"], header["n_empty"], len(header["warnings"])) == (3, 4, 1, 2)
+    del rows[1]["finish"], rows[1]["n_tokens"]  # what the file lacks is null, not a mean over the rest
+    (tmp_path / "answers.settings.json").unlink()
+    header = stats.header("s 1", "p", [str(path)], rows)
+    assert (header["mean_tokens"], header["share_at_token_limit"], header["generation"]) == (None, None, None)
+
+
+def test_bootstrap_interval_of_a_coin():
+    # 10,000 rows, half 1: a resample's mean has standard deviation sqrt(.25 / 10000) = .005, so 95 % is .5 -+ .0098
+    part = mean_part(list(range(10_000)), [0, 1] * 5000)
+    low, high = stats.summary(part)["intervals"]["mean"]
+    assert abs(low - 0.4902) < 0.001 and abs(high - 0.5098) < 0.001
+    assert stats.summary(part) == stats.summary(part)  # a fixed seed
+
+
+def test_a_zero_denominator_is_none_and_its_interval_too():
+    part = Part([1, 2], [{"a": 0, "b": 0}] * 2, lambda s: {"r": ratio(s["a"], s["b"])})
+    assert stats.summary(part) == {"metrics": {"r": None}, "intervals": {"r": None}}
+
+
+def test_compare_is_paired_and_matches_rows_by_id():
+    # B is A + 1 in every question but in another order: the difference is 1 in every resample
+    a, b = mean_part([1, 2, 3, 4], [0, 10, 20, 30]), mean_part([4, 3, 2, 1], [31, 21, 11, 1])
+    assert stats.compare(a, b)["mean"] == {"a": 15.0, "b": 16.0, "difference": 1.0, "interval": [1.0, 1.0]}
+
+
+def test_compare_refuses_different_questions():
+    with pytest.raises(SystemExit, match=r"2 are in one only: \[2, 3\]"):
+        stats.compare(mean_part([1, 2], [0, 0]), mean_part([1, 3], [0, 0]))
+
+
+def test_every_failure_is_tried_again(tmp_path):
+    script = ["timeout", (429, {}), (503, {}), "garbage", "half", "no choices", "null", "ok"]
+    with serve(script) as server:
+        replies = ask_all(requests("1"), tmp_path / "r.json", str, flags(server.url, timeout=0.2))
+        assert len(server.seen) == 8
+    assert endpoint.reply_text(replies[0]) == "fine"
+    assert replies[0]["model"] == "served" and replies[0]["request_model"] == "m" and replies[0]["key"] == "1"
+
+
+def test_a_reply_that_the_caller_cannot_read_is_asked_for_again(tmp_path):
+    answers = iter(["no list", "[]"])
+    with serve(answer=lambda body: next(answers)) as server:
+        (reply,) = ask_all(requests("1"), tmp_path / "r.json", json.loads, flags(server.url))
+    assert endpoint.reply_text(reply) == "[]"
+
+
+def test_a_failing_item_ends_the_run_and_a_second_run_asks_only_for_the_rest(tmp_path):
+    path = tmp_path / "deep" / "r.json"
+    with serve(["ok", (500, {}), (500, {})]) as server:
+        with pytest.raises(SystemExit, match="no usable reply for 2 after 2 tries, last HTTP 500"):
+            ask_all(requests("1", "2", "3"), path, str, flags(server.url, tries=2))
+        assert [reply["key"] for reply in json.loads(path.read_text())] == ["1"]
+        with pytest.raises(SystemExit, match="2 of 3 replies are missing"):  # scoring alone asks for nothing
+            ask_all(requests("1", "2", "3"), path, str, flags(None, model=None))
+        ask_all(requests("1", "2", "3"), path, str, flags(server.url))
+        assert [r.body["messages"][0]["content"][-1] for r in server.seen] == ["1", "2", "2", "2", "3"]
+    assert [reply["key"] for reply in json.loads(path.read_text())] == ["1", "2", "3"]
+    assert len(ask_all(requests("1", "2", "3"), path, str, flags(None, model=None))) == 3
+
+
+def test_saved_replies_to_another_request_or_model_are_refused(tmp_path):
+    with serve() as server:
+        ask_all(requests("1"), tmp_path / "r.json", str, flags(server.url))
+    changed = {"1": {"model": "m", "messages": [{"role": "user", "content": "another answer"}]}}
+    for bodies, model in ((changed, "m"), (requests("2"), "m"), (requests("1"), "other")):
+        with pytest.raises(SystemExit, match="reply 1 is for other answers, prompt or model"):
+            ask_all(bodies, tmp_path / "r.json", str, flags("http://127.0.0.1:9/v1", model=model))
+
+
+def test_backoff_doubles_and_retry_after_is_obeyed(tmp_path):
+    with serve([(500, {}), (500, {}), (429, {"Retry-After": "0.3"})]) as server:
+        ask_all(requests("1"), tmp_path / "r.json", str, flags(server.url, backoff=0.04))
+        t = [r.time for r in server.seen]
+    gaps = [b - a for a, b in zip(t, t[1:], strict=False)]
+    assert gaps[0] >= 0.04 and gaps[1] >= 0.08 and gaps[2] >= 0.3  # the third would be 0.16 by backoff alone
+
+
+def test_rate_limit(tmp_path):
+    with serve() as server:
+        ask_all(requests("1", "2", "3"), tmp_path / "r.json", str, flags(server.url, rate=10))
+        t = [r.time for r in server.seen]
+    assert t[2] - t[0] >= 0.19  # two intervals of 1/10 s, less a little for the way of the request
+
+
+def test_the_key_is_sent_and_never_kept(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret\n")
+    with serve(["echo", (401, {})]) as server:
+        with pytest.raises(SystemExit) as error:
+            ask_all(requests("1", "2"), tmp_path / "r.json", str, flags(server.url))
+        assert server.seen[0].authorization == "Bearer sk-very-secret"
+    assert len(server.seen) == 2 and "HTTP 401" in str(error.value) and "your key is Bearer [key]" in str(error.value)
+    printed = "".join(capsys.readouterr())
+    assert "very-secret" not in str(error.value) + printed + (tmp_path / "r.json").read_text()
+
+
+def test_a_redirect_is_not_followed_with_the_key(tmp_path):
+    with serve([(302, {"Location": "/elsewhere"})]) as server:
+        with pytest.raises(SystemExit, match="HTTP 302"):
+            ask_all(requests("1"), tmp_path / "r.json", str, flags(server.url))
+        assert [r.path for r in server.seen] == ["/v1/chat/completions"]
+
+
+@pytest.mark.parametrize("tail", ["", "/", "/chat/completions"])
+def test_the_url_may_have_the_tail_or_not(tmp_path, tail):
+    with serve() as server:
+        ask_all(requests("1"), tmp_path / "r.json", str, flags(server.url + tail))
+        assert [r.path for r in server.seen] == ["/v1/chat/completions"]
+
+
+def test_an_url_without_a_scheme_is_refused_at_once(tmp_path):
+    with pytest.raises(SystemExit, match="must start with http"):
+        ask_all(requests("1"), tmp_path / "r.json", str, flags("localhost:8000/v1"))

@@ -1,0 +1,130 @@
+"""`python -m formats.check DATA`, `formats.show`, `bench.loading`, as a user types it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from bases.checkpoint import read_config
+from bases.tokenizer import load_tokenizer
+from bench import loading
+from data import Processor
+from external import hub
+from formats import check, show
+
+
+def write(folder, rows):
+    (folder / "d.json").write_text(json.dumps(rows))
+    return str(folder / "d.json")
+
+
+def row(i, **changes):
+    return {
+        "id": f"r{i}",
+        "image": "ok.png",
+        "prompt": f"Is {i} blue?",
+        "chosen": "Yes it is",
+        "rejected": "Not at all",
+    } | changes
+
+
+@pytest.fixture
+def bad_data(tmp_path):
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "ok.png")
+    Image.new("RGB", (120, 20), "red").save(tmp_path / "long.png")  # aspect 6
+    (tmp_path / "broken.png").write_bytes((tmp_path / "ok.png").read_bytes()[:50])
+    return write(tmp_path, [
+        row(1), row(2, chosen=" "), row(3, image="broken.png"), row(4, image="none.png"), row(5, image=["a", "b"]),
+        row(6, chosen="Yes", rejected="Yes"), row(1, id="r7"), row(8, image="long.png", rejected="No"),
+        row(9, image=None),
+    ])  # fmt: skip
+
+
+def test_check_names_every_bad_row(bad_data, capsys):
+    with pytest.raises(SystemExit) as e:
+        check.main([bad_data])
+    out = capsys.readouterr().out
+    assert e.value.code == 1
+    for line in (
+        f"cannot be used: 1 empty chosen: {bad_data}:2:r2",
+        f"cannot be used: 1 broken image: {bad_data}:3:r3",
+        f"cannot be used: 1 missing image: {bad_data}:4:r4",
+        f"cannot be used: 1 several images: {bad_data}:5:r5",
+        f"cannot be used: 1 no image: {bad_data}:9:r9",
+        f"note: 1 identical chosen and rejected: {bad_data}:6:r6",
+        f"note: 2 one-word response: {bad_data}:6:r6; {bad_data}:8:r8",
+        f"note: 1 duplicate of an earlier row: {bad_data}:7:r7",
+        f"note: 1 with an aspect over 5: {bad_data}:8:r8",
+        "pictures: 4 open, 30x20 smallest, 30x20 median, 120x20 largest",
+        f"{bad_data}: 5 of 9 rows cannot be used",
+    ):
+        assert line in out, line
+    assert "length in words (--base B: tokens)" in out and f"longest: {bad_data}:1:r1, 6" in out  # 3 + 3 words
+
+
+def test_check_percentiles_by_hand(tmp_path, capsys):
+    Image.new("RGB", (9, 9)).save(tmp_path / "ok.png")
+    rows = [
+        row(i, prompt="a b", chosen="a " * i, rejected="no way") for i in range(2, 13)
+    ]  # chosen: 2, 3, ... 12 words
+    check.main([write(tmp_path, rows)])
+    out = capsys.readouterr().out
+    # 11 values: 5 % lies at position .5 -> 2.5, shown as 2; 50 % -> 7; 95 % at 9.5 -> 11.5, 99 % at 9.9 -> 11.9
+    assert "  chosen                                 2     2     7    12    12    12" in out
+    assert "0 of 11 rows cannot be used" in out and f"longest: {tmp_path}/d.json:11:r12, 14" in out
+
+
+def test_check_counts_tokens_and_refuses_too_long(pairs_file, tiny_base, capsys):
+    check.main([str(pairs_file), "--base", str(tiny_base)])
+    out = capsys.readouterr().out
+    processor = Processor(load_tokenizer(tiny_base), read_config(tiny_base))
+    longest = max(
+        len(processor.prompt_ids(r["prompt"])) + len(processor.encode(r[k])) + 1
+        for r in json.loads(pairs_file.read_text()) for k in ("chosen", "rejected")
+    )  # fmt: skip
+    assert "image + prompt + longer response" in out and f", {longest}\n" in out
+    with pytest.raises(SystemExit):
+        check.main([str(pairs_file), "--base", str(tiny_base), "--max-length", str(longest - 1)])
+    assert "too long" in capsys.readouterr().out
+
+
+def test_show_prints_what_the_model_sees(bad_data, tiny_base, tmp_path, capsys):
+    sheet = tmp_path / "sheet.png"
+    show.main([bad_data, "--rows", "3", "--base", str(tiny_base), "--out", str(sheet), "--rejected-image", "black"])
+    out = capsys.readouterr().out
+    assert "answers to the user's questions. USER:  [4 x <image>] '\\nIs 1 blue? ASSISTANT:'" in out
+    assert "scored: [[Yes it is</s>]]" in out and "scored: [[Not at all</s>]]" in out
+    assert "m_w 30x20 -> 28x28; m_l by 'black'" in out
+    assert "row 2, id r2" in out and "cannot be used: empty chosen" in out and "cannot be used: broken image" in out
+    # one row of two 28 px pictures: 8 + 28 + 8 + 28 + 8 wide, 8 + 16 + 28 + 8 high; red 30x20 fills rows 5-23 of 28
+    image = Image.open(sheet)
+    assert image.size == (80, 60) and image.getpixel((8 + 14, 24 + 14)) == (255, 0, 0)
+    assert image.getpixel((44 + 14, 24 + 14)) == (0, 0, 0)
+    assert image.getpixel((8 + 14, 24 + 1)) == image.getpixel((44 + 14, 24 + 1)) == (122, 116, 104)  # padding
+
+
+def test_time_and_usage(pairs_file, tiny_base, capsys):
+    loading.main([str(pairs_file), "--base", str(tiny_base), "--pairs", "12", "--workers", "1"])
+    assert "pairs/s: 12 pairs in " in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        show.main([str(pairs_file), "--rows", "1"])
+    assert "required: --base" in capsys.readouterr().err
+
+
+def test_a_named_base_needs_its_small_files_only(monkeypatch, tmp_path, tiny_base):
+    asked = []
+    monkeypatch.delenv("NANOMDPO_WEIGHTS", raising=False)
+    monkeypatch.setattr(hub, "download", lambda *args: asked.append(args[:3]) or tiny_base)
+    check.load_small_processor("llava-1.5-7b")
+    assert asked == [("llava-hf/llava-1.5-7b-hf", ("*.json", "tokenizer.model"), "model")]
+
+
+def test_the_command_itself(bad_data):
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "formats.check", bad_data]
+    run = subprocess.run(command, capture_output=True, text=True, env=env, cwd=Path(check.__file__).parents[1])
+    assert run.returncode == 1 and "5 of 9 rows cannot be used" in run.stdout, run.stderr

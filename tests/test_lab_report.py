@@ -1,0 +1,127 @@
+"""The table's numbers are the results', scaled as in the paper; the curves' points lie where the arithmetic says."""
+
+import json
+import xml.etree.ElementTree as ET
+
+import pytest
+
+from evals import pope
+from lab import report
+
+
+def result(protocol: str, n: int = 300, **metrics) -> dict:
+    made = {"decoding": {"method": "beam search", "beams": 3}, "max_new_tokens": 1024, "image_mode": "pad"}
+    return {"protocol": protocol, "n": n, "metrics": metrics, "generation": made, "warnings": []}
+
+
+def write_run(folder, **files):
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / f"eval_{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+def row_of(text: str, name: str) -> list[str]:
+    [line] = [line for line in text.splitlines() if line.startswith(f"| {name} ")]
+    return [cell.strip() for cell in line.strip("|").split("|")][1:]
+
+
+def test_a_row_beside_the_papers(tmp_path):
+    full = write_run(
+        tmp_path / "full",
+        mmhal=result("MMHal-Bench, judge m", 96, score=2.386, hallucination_rate=0.541, informativeness=0.5),
+        chair=result("Object HalBench, no language model", chair_s=0.30, chair_s_refine=0.3567, chair_i=0.0981),
+        amber=result("AMBER generative", 1004, chair=4.4, cover=52.4, hal=24.5, cog=2.4),
+        pope=result("POPE, mean over 3 splits", 9000, accuracy=0.8712, f1=0.8598),
+    )
+    partly = write_run(tmp_path / "partly", amber=result("AMBER discriminative", 14216, f1=80.0))
+    text = report.table([full, partly])
+    # 100 x 0.3567 = 35.67, 100 x 0.0981 = 9.81, 100 x 0.8712 = 87.12, 100 x 0.8598 = 85.98
+    assert row_of(text, str(full)) == ["2.39", "0.54", "35.7", "9.8", "4.4", "52.4", "24.5", "2.4", "87.1", "86.0"]
+    assert row_of(text, str(partly)) == ["-"] * 10
+    paper = row_of(text, "LLaVA + mDPO (the paper's)")  # mDPO, Table 1
+    assert paper == ["2.39", "0.54", "35.7", "9.8", "4.4", "52.4", "24.5", "2.4", "-", "-"]
+    assert text.count("(the paper's)") == 6
+    note = (
+        f'- {full}, eval_chair.json: Object HalBench, no language model; n 300; {{"method": "beam search", "beams": 3}}'
+    )
+    assert note + ", at most 1024 tokens, image pad" in text
+
+
+def test_another_benchmark_is_not_put_into_the_column(tmp_path):
+    """CHAIR 2018 is not Object HalBench, though one scorer writes both; the note says what the file holds."""
+    run = write_run(tmp_path / "a", chair=result("CHAIR 2018", chair_s_refine=0.5, chair_i=0.1) | {"generation": None})
+    run_warned = write_run(tmp_path / "b", amber=result("AMBER", 3, chair=1.0) | {"warnings": ["3 rows, not 1004"]})
+    text = report.table([run, run_warned])
+    assert row_of(text, str(run))[2:4] == ["-", "-"]
+    assert "CHAIR 2018; n 300; decoding not recorded" in text
+    assert f"- {run_warned}, eval_amber.json: warning: 3 rows, not 1004" in text
+
+
+def test_results_that_cannot_be_shown_are_errors(tmp_path):
+    run = write_run(tmp_path / "a", pope={"a": {}, "b": {}, "compare": {}})
+    with pytest.raises(SystemExit, match="eval_pope.json: not the result of one answer file"):
+        report.table([run])
+    with pytest.raises(SystemExit, match="nowhere: no such run folder"):
+        report.table([tmp_path / "nowhere"])
+
+
+def test_a_scorers_own_file_is_read(tmp_path):
+    """The column names are those that a scorer writes."""
+    labels = [{"question_id": i, "text": f"{i}?", "label": label} for i, label in enumerate(["yes", "no", "no", "yes"])]
+    answers = [{"question_id": i, "question": f"{i}?", "answer": a} for i, a in enumerate(["Yes", "No", "Yes", "Yes"])]
+    for name, rows in (("labels", labels), ("answers", answers)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run = write_run(tmp_path / "run")
+    files = [str(tmp_path / "answers.jsonl"), "--labels", str(tmp_path / "labels.jsonl")]
+    pope.main(["--answers", *files, "--json", str(run / "eval_pope.json")])
+    # 3 of 4 are right; P = 2/3, R = 1, F1 = 2 (2/3) / (5/3) = 0.8
+    assert row_of(report.table([run]), str(run))[-2:] == ["75.0", "80.0"]
+
+
+# ---- curves --------------------------------------------------------------------------------------------------------
+
+
+def write_log(folder, rows: list[tuple], beta: float, tail: str = ""):
+    folder.mkdir()
+    keys = ("step", "loss", "rewards/margins", "rewards/chosen")
+    lines = [json.dumps(dict(zip(keys, row, strict=True))) + "\n" for row in rows]
+    (folder / "log.jsonl").write_text("".join(lines) + tail)
+    (folder / "args.json").write_text(json.dumps({"beta": beta}))
+    return folder
+
+
+def test_points_of_the_curves(tmp_path):
+    a = write_log(tmp_path / "a", [(0, 2.0, 0.0, 0.0), (1, 1.5, 0.5, 0.2), (2, 1.0, 1.0, -0.4)], 0.1, '{"step": 3, "lo')
+    b = write_log(tmp_path / "b & c", [(0, 2.0, 0.0, 0.0), (4, 1.0, 0.5, 0.1)], 0.5)
+    report.main([str(a), str(b), "--curves", str(tmp_path / "c.svg")])
+    svg = ET.parse(tmp_path / "c.svg").getroot()
+    tag = "{http://www.w3.org/2000/svg}"
+    lines = svg.findall(f"{tag}polyline")
+    assert len(lines) == 3 * 2 * 2  # panels, runs, pale and smooth
+    # loss: the last step is 4, the range 1 to 2. x = 60 + 330 s / 4, y = 30 + 220 - 220 (v - 1)
+    assert lines[0].get("points") == "60.0,30.0 142.5,140.0 225.0,250.0"
+    assert lines[2].get("points") == "60.0,30.0 390.0,250.0"
+    # the chosen answers: r / beta = 0, 2, -4 and 0, 0.2; x from 60 + 2 x 405 = 870; y = 250 - 220 (v + 4) / 6
+    assert lines[8].get("points") == "870.0,103.3 952.5,30.0 1035.0,250.0"
+    assert lines[10].get("points") == "870.0,103.3 1200.0,96.0"
+    texts = [t.text for t in svg.findall(f"{tag}text")]
+    assert str(b) in texts and "loss" in texts
+
+
+def test_smoothing_is_the_mean_of_the_last_twentieth():
+    values = [float(i % 2) for i in range(40)]  # a window of 2
+    assert report.smooth(values)[:3] == [0.0, 0.5, 0.5]
+    assert report.smooth([1.0, 2.0, 4.0]) == [1.0, 2.0, 4.0]  # short runs stay as they are
+
+
+def test_runs_without_a_log(tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(SystemExit, match="a: no log.jsonl and args.json"):
+        report.main([str(tmp_path / "a"), "--curves", str(tmp_path / "c.svg")])
+    run = write_log(tmp_path / "b", [], 0.1)
+    with pytest.raises(SystemExit, match="no complete step yet"):
+        report.main([str(run), "--curves", str(tmp_path / "c.svg")])
+    with pytest.raises(SystemExit) as e:
+        report.main([str(run)])
+    assert e.value.code == 2 and not (tmp_path / "c.svg").exists()

@@ -1,0 +1,217 @@
+"""Picture preparation against the reference library's, odd files, and the statistics of every m_l strategy."""
+
+import io
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import pictures
+from pictures import ImageSpec, open_image, prepare
+
+CLIP = ImageSpec(size=28)
+SIGLIP = ImageSpec(size=42, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+
+
+def picture(w: int, h: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (h, w, 3), dtype=np.uint8))
+
+
+def encoded(image: Image.Image, file_format: str, **settings) -> bytes:
+    out = io.BytesIO()
+    image.save(out, file_format, **settings)
+    return out.getvalue()
+
+
+# ---- preparation ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(97, 61), (47, 90), (56, 56), (90, 89), (5, 3), (1, 1), (300, 20)])
+@pytest.mark.parametrize("spec, colour", [(CLIP, (122, 116, 104)), (SIGLIP, (127, 127, 127))], ids=["clip", "siglip"])
+def test_pad_is_bit_equal_to_the_library(size, spec, colour):
+    transformers = pytest.importorskip("transformers")
+    image = picture(*size)
+    side = max(size)
+    padded = np.full((side, side, 3), colour, np.uint8)  # int(255 * mean)
+    top, left = (side - size[1]) // 2, (side - size[0]) // 2
+    padded[top : top + size[1], left : left + size[0]] = np.asarray(image)
+    if spec is CLIP:
+        processor = transformers.CLIPImageProcessorPil(
+            size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}
+        )
+    else:
+        processor = transformers.SiglipImageProcessorPil(size={"height": 42, "width": 42})
+    expected = processor(Image.fromarray(padded), return_tensors="pt").pixel_values[0]
+    assert torch.equal(prepare(image, spec), expected)
+
+
+@pytest.mark.parametrize("size", [(97, 61), (47, 90), (56, 56), (301, 57)])
+def test_crop_is_bit_equal_to_the_library(size):
+    transformers = pytest.importorskip("transformers")
+    processor = transformers.CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    expected = processor(picture(*size), return_tensors="pt").pixel_values[0]
+    assert torch.equal(prepare(picture(*size), ImageSpec(size=28, mode="crop")), expected)
+
+
+def test_normalisation_by_hand():
+    x = prepare(Image.new("RGB", (3, 3), (255, 0, 128)), ImageSpec(size=2))
+    # (1 - .48145466) / .26862954 = 1.93033624; -.4578275 / .26130258 = -1.75209713;
+    # (128 / 255 - .40821073) / .27577711 = .33994863
+    expected = torch.tensor([1.93033624, -1.75209713, 0.33994863])[:, None, None].expand(3, 2, 2)
+    torch.testing.assert_close(x, expected, atol=1e-6, rtol=0)
+
+
+# ---- odd pictures --------------------------------------------------------------------------------------------------
+
+
+def test_grey_of_16_bits_is_scaled():
+    levels = np.array([[0, 256, 32768, 65535]], np.uint16)  # >> 8 = 0, 1, 128, 255; PIL alone would clip to 255
+    x = np.asarray(open_image(encoded(Image.fromarray(levels), "PNG")))
+    assert x.shape == (1, 4, 3) and x[0, :, 0].tolist() == x[0, :, 2].tolist() == [0, 1, 128, 255]
+
+
+def test_colour_models():
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([10, 20, 30, 200, 100, 50])
+    palette.putpixel((1, 0), 1)
+    assert np.asarray(open_image(encoded(palette, "PNG"))).tolist() == [[[10, 20, 30], [200, 100, 50]]]
+    assert open_image(encoded(Image.new("L", (1, 1), 7), "PNG")).getpixel((0, 0)) == (7, 7, 7)
+    # transparency is dropped: the colour under it counts
+    assert open_image(encoded(Image.new("RGBA", (1, 1), (9, 8, 7, 0)), "PNG")).getpixel((0, 0)) == (9, 8, 7)
+    # (255 - c)(255 - k) / 255: (255 - 51) * (255 - 0) / 255 = 204
+    cmyk = open_image(encoded(Image.new("CMYK", (8, 8), (51, 0, 255, 0)), "TIFF"))
+    assert cmyk.mode == "RGB" and cmyk.getpixel((0, 0)) == (204, 255, 0)
+    assert open_image(encoded(Image.new("CMYK", (8, 8), (0, 0, 0, 0)), "JPEG")).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_first_frame_of_an_animation():
+    frames = [Image.new("RGB", (4, 4), c) for c in ("red", "blue")]
+    gif = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert open_image(gif).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_exif_rotation_is_not_applied():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    assert open_image(encoded(picture(30, 20), "JPEG", exif=exif)).size == (30, 20)
+
+
+def test_refused_pictures(tmp_path, monkeypatch):
+    jpeg, png = encoded(picture(64, 64), "JPEG"), encoded(picture(64, 64), "PNG")
+    for broken in (jpeg[: len(jpeg) // 2], png[: len(png) // 2], png[:40], b"", b"<html>", b"\xff\xd8\xff"):
+        with pytest.raises(ValueError, match="broken image"):
+            open_image(broken)
+    with pytest.raises(ValueError, match="missing image"):
+        open_image(tmp_path / "none.png")
+    with pytest.raises(ValueError, match="broken image"):
+        open_image(tmp_path)  # a folder
+    with pytest.raises(ValueError, match="32-bit greys"):
+        open_image(encoded(Image.fromarray(np.full((4, 4), 1e6, np.float32)), "TIFF"))
+    with pytest.raises(ValueError, match="20000x10001 pixels, more than 200,000,000"):
+        open_image(encoded(Image.new("1", (20000, 10001)), "PNG"))  # 25 kB on disk, 600 MB as RGB
+
+
+@pytest.mark.parametrize("size", [(30000, 10), (10, 30000)], ids=["wide", "tall"])
+def test_very_long_pictures_are_prepared(size, monkeypatch):
+    seen, square = [], pictures.square
+    monkeypatch.setattr(pictures, "square", lambda image, spec: seen.append(image.size) or square(image, spec))
+    x = prepare(Image.new("RGB", size, "white"), CLIP)
+    assert max(seen[0]) == 8192  # padded to 30,000 x 30,000 it would take 2.7 GB
+    grey = (122 / 255 - 0.48145466) / 0.26862954
+    assert x.shape == (3, 28, 28) and x[0, 0, 0].item() == pytest.approx(grey, abs=1e-5)  # padding in the corner
+    assert x[0, 14, 14].item() > grey  # the picture in the middle, thinner than a pixel
+
+
+# ---- m_l -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("low, high, mean", [(0.01, 0.2, 0.105), (0.2, 0.5, 0.35)], ids=["crop", "crop20-50"])
+def test_crop_statistics(low, high, mean):
+    rng, w, h = np.random.default_rng(0), 640, 480
+    boxes = np.array([pictures.crop_box(w, h, rng, low, high) for _ in range(4000)])
+    left, top, cw, ch = boxes.T
+    area, aspect = cw * ch / (w * h), np.log(cw / ch)
+    assert low * 0.97 <= area.min() and area.max() <= high * 1.01  # rounding to pixels
+    # uniform area: mean (low + high) / 2, std (high - low) / sqrt(12); log-uniform aspect in +-log(4/3) = +-.2877
+    assert area.mean() == pytest.approx(mean, abs=0.005)
+    assert area.std() == pytest.approx((high - low) / math.sqrt(12), rel=0.05)
+    assert abs(aspect).max() <= 0.2877 + 0.06 and aspect.mean() == pytest.approx(0, abs=0.012)
+    assert aspect.std() == pytest.approx(0.2877 / math.sqrt(3), rel=0.05)
+    assert (left >= 0).all() and (top >= 0).all() and (left + cw <= w).all() and (top + ch <= h).all()
+    # every position that fits is as likely: on average the box sits in the middle
+    assert ((left + cw / 2) / w).mean() == pytest.approx(0.5, abs=0.02)
+    assert ((top + ch / 2) / h).mean() == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.parametrize("w, h", [(1, 1), (2, 3), (30000, 10), (10, 3000)])
+def test_crop_box_of_odd_shapes_stays_inside(w, h):
+    rng = np.random.default_rng(0)
+    for low, high in ((0.01, 0.2), (0.2, 0.5), (0.2, 1.0)):
+        for _ in range(100):
+            left, top, cw, ch = pictures.crop_box(w, h, rng, low, high)
+            assert cw >= 1 and ch >= 1 and left >= 0 and top >= 0 and left + cw <= w and top + ch <= h
+            assert w * h < 1000 or cw * ch <= high * w * h * 1.1  # keeps the area, bends the aspect
+
+
+def test_crop_is_cut_from_the_picture_itself():
+    image = picture(40, 30)
+    left, top, w, h = pictures.crop_box(40, 30, np.random.default_rng(3), 0.01, 0.2)
+    cropped = pictures.crop(image, np.random.default_rng(3))
+    assert np.array_equal(np.asarray(cropped), np.asarray(image)[top : top + h, left : left + w])
+
+
+@pytest.mark.parametrize("name", pictures.ON_PICTURE)
+def test_strategies_on_the_picture(name):
+    image, other = picture(60, 40), picture(30, 50, seed=1)
+    before = image.copy()
+
+    def draw(seed):
+        return pictures.ON_PICTURE[name](image, np.random.default_rng(seed), *([other] if name == "random" else []))
+
+    drawn = draw(0)
+    assert drawn.mode == "RGB" and np.array_equal(np.asarray(drawn), np.asarray(draw(0)))
+    assert np.array_equal(np.asarray(image), np.asarray(before))  # m_w is left as it was
+    fixed = name in ("random", "black")
+    assert fixed or any(np.asarray(draw(0)).tobytes() != np.asarray(draw(s)).tobytes() for s in (1, 2))
+    if name == "random":
+        assert drawn is other
+    if name == "black":
+        assert drawn.size == image.size and not np.asarray(drawn).any()
+    if name == "region-noise":
+        changed = (np.asarray(drawn) != np.asarray(image)).any(2).mean()
+        assert changed == pytest.approx(0.2, abs=0.02)  # 20 % of the area
+
+
+def test_moco_uses_all_its_parts():
+    image = Image.new("RGB", (60, 40), (200, 120, 40))
+    drawn = [pictures.moco(image, np.random.default_rng(s)) for s in range(400)]
+    areas = np.array([d.width * d.height / 2400 for d in drawn])
+    assert 0.19 < areas.min() < 0.25 and areas.mean() == pytest.approx(0.6, abs=0.04)  # U(.2, 1)
+    grey = np.mean([len(set(d.getpixel((0, 0)))) == 1 for d in drawn])
+    assert grey == pytest.approx(0.2, abs=0.06)
+    same = np.mean([d.getpixel((0, 0)) == (200, 120, 40) for d in drawn])
+    assert same == pytest.approx(0.2 * 0.8, abs=0.05)  # neither jittered (.8) nor grey (.2)
+    half = Image.new("RGB", (400, 400))
+    half.paste((255, 255, 255), (0, 0, 200, 400))  # white on the left: mirrored, it is on the right
+    sides = [np.asarray(pictures.moco(half, np.random.default_rng(s)).convert("L"), float) for s in range(200)]
+    right = np.mean([s[:, -1].mean() > s[:, 0].mean() for s in sides if abs(s[:, -1].mean() - s[:, 0].mean()) > 30])
+    assert right == pytest.approx(0.5, abs=0.12)
+
+
+def test_released_crop_is_the_libraries_resized_crop():
+    functional = pytest.importorskip("torchvision.transforms.v2.functional")
+    x = prepare(picture(50, 40), CLIP)
+    left, top, w, h = pictures.crop_box(28, 28, np.random.default_rng(5), 0.01, 0.2)
+    expected = functional.resized_crop(x, top, left, h, w, [28, 28], antialias=False)
+    torch.testing.assert_close(pictures.crop_released(x, np.random.default_rng(5)), expected, atol=1e-6, rtol=0)
+
+
+def test_diffusion_keeps_the_known_share_of_the_signal():
+    x = torch.full((3, 64, 64), 2.0)
+    noisy = pictures.diffusion(x, np.random.default_rng(0))
+    # beta_t = sigmoid(-6 + 12 t / 999) * .00499 + .00001; sqrt(prod_{t = 0..500} (1 - beta_t)) = .86302, in float64
+    assert noisy.mean().item() == pytest.approx(2 * 0.86302, abs=0.02)
+    assert noisy.std().item() == pytest.approx(0.50517, abs=0.02)  # sqrt(1 - .86302^2)
+    assert torch.equal(noisy, pictures.diffusion(x, np.random.default_rng(0)))
