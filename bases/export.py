@@ -1,7 +1,7 @@
 """A base and an adapter -> one merged checkpoint that other tools open.
 
     python -m bases.export --base llava-1.5-7b --adapter runs/llava-1.5-7b-mdpo-0 --out merged
-    python -m bases.export --base liuhaotian-folder --out converted         no adapter: the same model in the hub's layout
+    python -m bases.export --base liuhaotian-folder --out converted     no adapter: the same model in the hub's layout
 
 LLaVA is written in the hub's layout (transformers, vLLM and lmms-eval open it), Bunny in its own, shard by shard, every
 tensor merged in float32 and cast. Then base + adapter and the files just written answer the same prompts, and if their

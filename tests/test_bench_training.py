@@ -1,7 +1,6 @@
 """bench.py: its FLOPs against torch's own counter, one row on real text, and the rows it would run."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
