@@ -1,7 +1,6 @@
 """LoRA adapters on the disk, as PEFT writes them."""
 
 import json
-import os
 import pickle
 import re
 from pathlib import Path
@@ -11,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from external import files
 from lora import add_lora, lora_modules
 
 # How a decoder layer is called in adapter files; ours is "language_model.layers.".
@@ -52,12 +52,12 @@ def save_adapter(model: nn.Module, folder: Path, base: str, spelling: str | None
         "use_dora": False, "fan_in_fan_out": False, "modules_to_save": None, "inference_mode": True,
     }  # fmt: skip
     weights, settings = folder / "adapter_model.safetensors", folder / "adapter_config.json"
-    save_file(state, f"{weights}.part", metadata={"format": "pt"})
-    Path(f"{settings}.part").write_text(json.dumps(config, indent=2) + "\n")
-    back = load_file(f"{weights}.part")
-    assert back.keys() == state.keys() and all(torch.equal(back[k], state[k]) for k in state), f"{weights}: read back"
-    os.replace(f"{weights}.part", weights)  # both files are whole or not there
-    os.replace(f"{settings}.part", settings)
+    with files.whole(weights) as part:
+        save_file(state, part, metadata={"format": "pt"})
+        back = load_file(part)
+        same = back.keys() == state.keys() and all(torch.equal(back[k], state[k]) for k in state)
+        assert same, f"{weights}: read back"
+    files.write_json(settings, config, indent=2)
 
 
 def read_adapter(folder: Path) -> tuple[dict[str, Tensor], int, float, bool]:

@@ -8,7 +8,6 @@ Memory: modules are built on the meta device and each tensor is mapped, copied a
 shard that stays open counts as resident memory.
 """
 
-import json
 import os
 import pickle
 import re
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from bases import bunny
-from external import hub
+from external import files, hub
 from model import Config, LLaVA, VisionConfig
 
 SOURCES = {  # base: hub repository, size of the download
@@ -86,18 +85,6 @@ def from_hub(repository: str, size: str, patterns: tuple[str, ...] = HUB_FILES) 
 # ---- config --------------------------------------------------------------------------------------------------------
 
 
-def read_json(file: Path) -> dict:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SystemExit(f"{file}: not there; is the download complete?") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise SystemExit(f"{file}: not readable as JSON ({e})") from None
-    if not isinstance(value, dict):
-        raise SystemExit(f"{file}: holds a {type(value).__name__}, expected names and values")
-    return value
-
-
 def vision_config(v: dict, defaults: VisionConfig, feature_layer: int = -2) -> VisionConfig:
     v, d = v.get("vision_config", v), defaults  # a full CLIP or SigLIP config has it one level down
     return VisionConfig(
@@ -109,16 +96,16 @@ def vision_config(v: dict, defaults: VisionConfig, feature_layer: int = -2) -> V
 
 def read_config(folder: Path, vision: Path | None = None) -> Config | bunny.Config:
     """config.json -> Config. The hub's is sparse: what it leaves out is Llama-7B and CLIP ViT-L."""
-    c = read_json(folder / "config.json")
+    c = files.read_json(folder / "config.json", dict)
     if c.get("model_type") == "bunny-phi":
-        return bunny.read_config(c, vision_config, read_json(vision / "config.json") if vision else None)
+        return bunny.read_config(c, vision_config, files.read_json(vision / "config.json", dict) if vision else None)
     if c.get("model_type") not in ("llava", "llava_llama"):
         raise SystemExit(f"{folder}/config.json: model_type {c.get('model_type')!r}; supported: llava (LLaVA-1.5), "
                          "llava_llama, bunny-phi")  # fmt: skip
     original = "text_config" not in c  # a flat Llama config with mm_* fields
     t, d = (c if original else c["text_config"]), Config()
     feature_layer = c.get("mm_vision_select_layer" if original else "vision_feature_layer", -2)
-    v = c.get("vision_config", {}) if vision is None else read_json(vision / "config.json")
+    v = c.get("vision_config", {}) if vision is None else files.read_json(vision / "config.json", dict)
     rope = t.get("rope_scaling") or t.get("rope_parameters") or {}
     heads = t.get("num_attention_heads", d.heads)
     unsupported = {
@@ -150,7 +137,7 @@ def read_config(folder: Path, vision: Path | None = None) -> Config | bunny.Conf
 
 def vision_folder(folder: Path, vision: Path | None) -> Path | None:
     """Where the vision tower's weights are, for layouts that keep them in a folder of their own."""
-    name = read_json(folder / "config.json").get("mm_vision_tower")
+    name = files.read_json(folder / "config.json", dict).get("mm_vision_tower")
     if vision or not name:
         return vision
     for near in (Path(name), folder / Path(name).name, folder.parent / Path(name).name):
@@ -174,7 +161,7 @@ def shard_files(folder: Path) -> dict[str, Path] | list[Path]:
     """{tensor name: file} from an index, or the single weights file of a folder."""
     for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
         if (folder / index).is_file():
-            table = read_json(folder / index).get("weight_map", {})
+            table = files.read_json(folder / index, dict).get("weight_map", {})
             if absent := sorted({f for f in table.values() if not (folder / f).is_file()}):
                 raise SystemExit(f"{folder}/{index} names {len(absent)} file(s) that are not there: "
                                  f"{', '.join(absent[:10])}. Is the download complete?")  # fmt: skip

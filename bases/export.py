@@ -36,7 +36,7 @@ from bases import bunny, checkpoint
 from bases.adapter import load_adapter, read_adapter
 from bases.tokenizer import load_processor, load_tokenizer
 from data import SYSTEM, VICUNA, pad_rows
-from external.files import write_json
+from external import files
 from formats.readers import read_pairs
 from lora import scaling_of
 from model import Config
@@ -124,7 +124,9 @@ def write_shards(folder: Path, shapes: dict[str, tuple], dtype: torch.dtype, ten
         table |= dict.fromkeys(shard, file)
     if len(shards) > 1:
         total = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
-        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": table})
+        files.write_json(
+            folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": table}
+        )
 
 
 def write_weights(out: Path, stored: dict, adapter: Path | None, c: Config, dtype: torch.dtype) -> None:
@@ -173,25 +175,25 @@ def write_llava_files(folder: Path, out: Path, c: Config, dtype: torch.dtype) ->
     vision = dict(model_type="clip_vision_model", hidden_size=v.width, intermediate_size=v.ffn,
                   num_hidden_layers=v.layers, num_attention_heads=v.heads, image_size=v.image_size, patch_size=v.patch,
                   layer_norm_eps=v.eps, hidden_act="quick_gelu", projection_dim=768)  # fmt: skip
-    write_json(out / "config.json", dict(
+    files.write_json(out / "config.json", dict(
         architectures=["LlavaForConditionalGeneration"], model_type="llava", text_config=text, vision_config=vision,
         image_token_index=c.image_id, image_seq_length=v.patches, pad_token_id=c.pad_id, projector_hidden_act="gelu",
         multimodal_projector_bias=True, vision_feature_layer=v.feature_layer, vision_feature_select_strategy="default",
         tie_word_embeddings=False, torch_dtype=str(dtype).removeprefix("torch."),
     ))  # fmt: skip
     spec, ids = VICUNA.image, dict(bos_token_id=c.bos_id, eos_token_id=c.eos_id, pad_token_id=c.pad_id)
-    write_json(out / "generation_config.json", ids)
-    write_json(out / "preprocessor_config.json", dict(
+    files.write_json(out / "generation_config.json", ids)
+    files.write_json(out / "preprocessor_config.json", dict(
         image_processor_type="LlavaImageProcessor", processor_class="LlavaProcessor", do_pad=True, do_center_crop=False,
         do_convert_rgb=True, do_resize=True, size={"shortest_edge": v.image_size}, resample=3, crop_size=size,
         do_rescale=True, rescale_factor=1 / 255, do_normalize=True, image_mean=spec.mean, image_std=spec.std,
     ))  # fmt: skip
-    write_json(out / "processor_config.json", dict(
+    files.write_json(out / "processor_config.json", dict(
         processor_class="LlavaProcessor", image_token="<image>", patch_size=v.patch, num_additional_image_tokens=1,
         vision_feature_select_strategy="default",
     ))  # fmt: skip
     (out / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
-    write_json(out / "chat_template.json", {"chat_template": CHAT_TEMPLATE})  # where transformers < 4.50 looks
+    files.write_json(out / "chat_template.json", {"chat_template": CHAT_TEMPLATE})  # where transformers < 4.50 looks
     write_tokenizer(folder, out, c)
 
 
@@ -206,7 +208,7 @@ def write_tokenizer(folder: Path, out: Path, c: Config) -> None:
     tokenizer.post_processor = processors.TemplateProcessing(f"{bos} $A", f"{bos} $A {bos} $B", [(bos, c.bos_id)])
     tokenizer.save(str(out / "tokenizer.json"))
     # the fast class reads tokenizer.json as it is; LlamaTokenizer may rebuild it with another rule for blanks
-    write_json(out / "tokenizer_config.json", dict(
+    files.write_json(out / "tokenizer_config.json", dict(
         tokenizer_class="PreTrainedTokenizerFast", bos_token=bos, eos_token=eos, pad_token=pad, unk_token="<unk>",
         padding_side="left", model_max_length=4096, clean_up_tokenization_spaces=False,
         processor_class="LlavaProcessor",
@@ -218,8 +220,8 @@ def copy_bunny_files(folder: Path, out: Path, dtype: torch.dtype) -> None:
     for file in folder.iterdir():
         if file.is_file() and file.suffix not in (".safetensors", ".bin") and not file.name.endswith(".index.json"):
             shutil.copyfile(file, out / file.name)
-    config = checkpoint.read_json(folder / "config.json") | {"torch_dtype": str(dtype).removeprefix("torch.")}
-    write_json(out / "config.json", config)
+    config = files.read_json(folder / "config.json", dict) | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    files.write_json(out / "config.json", config)
 
 
 # ---- is it the same model? -----------------------------------------------------------------------------------------

@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import torch
 
 from data import Example, Pair, PairData
 from engine.packing import pack, packed_logps
+from external import files
 from lora import lora_disabled
 from losses import Logps
 
@@ -68,10 +68,7 @@ class ReferenceCache:
 
     def save(self) -> None:
         if self.file:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            part = self.file.with_suffix(".part")
-            part.write_text(json.dumps({"key": self.key, "text": self.text, "image": self.image}))
-            os.replace(part, self.file)
+            files.write_json(self.file, {"key": self.key, "text": self.text, "image": self.image})
 
     def draw(self, example: Example, epoch: int) -> str:
         return f"{self.digests[example.pair.row]}/{epoch if self.fresh else 0}"

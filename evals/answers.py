@@ -119,7 +119,7 @@ def read_begun(file: Path, questions: dict[str, dict], settings: dict) -> dict[s
         print(f"{file}: the last line was cut off ({len(rest)} bytes); its question is asked again")
     begun = {}
     for number, line in enumerate(complete.split(b"\n") if newline else (), 1):
-        row = files.read_json(file, line, f"{file}:{number}")
+        row = files.parse_json(line, f"{file}:{number}")
         key = str(row["id"])
         if {name: value for name, value in row.items() if name not in ADDED} != questions.get(key) or key in begun:
             raise SystemExit(f"{file}:{number}: id {key} is there twice, or was another question. Give another --out.")

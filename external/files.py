@@ -1,13 +1,18 @@
-"""Reading and writing files: text, JSON, rows; whole or not at all."""
+"""Reading and writing files: text, JSON, rows; written whole or not at all."""
 
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+# ---- reading -------------------------------------------------------------------------------------------------------
 
 
 def read_text(path: str | Path) -> str:
@@ -23,17 +28,26 @@ def read_text(path: str | Path) -> str:
 
 def _unique_keys(pairs: list[tuple]) -> dict:
     # json keeps the last of two equal keys, which would drop an answer without a word
-    if len(dict(pairs)) < len(pairs):
+    found = dict(pairs)
+    if len(found) < len(pairs):
         raise ValueError(f"a key stands twice in one object: {sorted(key for key, _ in pairs)[:8]}")
-    return dict(pairs)
+    return found
 
 
-def read_json(path: str | Path, text: str | None = None, where: str | None = None):
-    """A JSON file, or `text` (answers) that stands at `where` in it."""
+def parse_json(text: str, where: str | Path):
+    """The value of a JSON text that stands at `where`. SystemExit if it is none, or if an object has a key twice."""
     try:
-        return json.loads(read_text(path)) if text is None else json.loads(text, object_pairs_hook=_unique_keys)
-    except ValueError as error:
-        raise SystemExit(f"{where or path}: broken JSON ({error}); was the file cut off, or edited by hand?") from error
+        return json.loads(text, object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise SystemExit(f"{where}: broken JSON ({error}); was the file cut off, or edited by hand?") from error
+
+
+def read_json(path: str | Path, kind: type = object):
+    """The value in a JSON file. SystemExit if there is none, or if it is not of this kind (dict, list)."""
+    value = parse_json(read_text(path), path)
+    if not isinstance(value, kind):
+        raise SystemExit(f"{path}: holds a {type(value).__name__}, expected a {kind.__name__}.")
+    return value
 
 
 def read_rows(path: str | Path) -> list[dict]:
@@ -42,11 +56,11 @@ def read_rows(path: str | Path) -> list[dict]:
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     first = lines[0][1].strip() if lines else ""
     if first.startswith("[") or first == "{" or '"imgToEval"' in first:
-        data = read_json(path, text)
+        data = parse_json(text, path)
         data = list(data.get("imgToEval", {}).values()) if isinstance(data, dict) else data
         rows = [(f"{path} row {i}", row) for i, row in enumerate(data)]
     else:
-        rows = [(f"{path}:{number}", read_json(path, line, f"{path}:{number}")) for number, line in lines]
+        rows = [(f"{path}:{number}", parse_json(line, f"{path}:{number}")) for number, line in lines]
     if not rows:
         raise SystemExit(f"{path}: no rows; it must be JSON Lines, a JSON list of rows, or an object with `imgToEval`.")
     for where, row in rows:
@@ -63,13 +77,42 @@ def inside(root: Path, path: str) -> Path:
     return file
 
 
-def write_rows(path: str | Path, rows: list, indent: int | None = None) -> None:
-    """JSON Lines. Atomic: a killed run leaves the old file or the new one, never half of it."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps(row, indent=indent, ensure_ascii=False) + "\n" for row in rows)
-    Path(f"{path}.part").write_text("".join(lines), encoding="utf-8")
-    os.replace(f"{path}.part", path)
+# ---- writing -------------------------------------------------------------------------------------------------------
 
 
-def write_json(path: str | Path, data) -> None:
-    write_rows(path, [data], indent=1)
+@contextmanager
+def whole(path: str | Path) -> Iterator[Path]:
+    """Yields a file beside `path` to write; it becomes `path` at the end, or is removed if the body fails.
+
+        with whole("result.json") as part:
+            part.write_text("{}")
+
+    Whoever looks at `path` sees the old file or the new one, never half of it, whatever ended the run.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    try:
+        part.touch()
+        mode = part.stat().st_mode
+        yield part
+        part.chmod(mode)  # what the user's umask says; safetensors makes files that only their owner can read
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())  # on the disk before it gets the name, or a power cut could leave an empty file
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)  # still there only if something failed
+
+
+def write_text(path: str | Path, text: str) -> None:
+    with whole(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def write_rows(path: str | Path, rows: list) -> None:
+    """JSON Lines."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def write_json(path: str | Path, data, indent: int = 1) -> None:
+    write_text(path, json.dumps(data, indent=indent, ensure_ascii=False) + "\n")

@@ -105,7 +105,7 @@ def read_log(run: Path) -> tuple[list[dict], float]:
     if not log.is_file() or not args.is_file():
         raise SystemExit(f"{run}: no log.jsonl and args.json; give the folder of a run of train.py")
     lines = log.read_text(encoding="utf-8").split("\n")[:-1]
-    rows = [files.read_json(log, line, f"{log}:{n}") for n, line in enumerate(lines, 1)]
+    rows = [files.parse_json(line, f"{log}:{n}") for n, line in enumerate(lines, 1)]
     if not rows:
         raise SystemExit(f"{log}: no complete step yet")
     return list({row["step"]: row for row in rows}.values()), files.read_json(args)["beta"]

@@ -1,0 +1,77 @@
+"""external/files.py: a file is written whole or not at all, and broken JSON is named by its place."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from external import files
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "deep" / "result.json"
+    files.write_json(path, {"a": "é"})
+    with pytest.raises(OSError, match="disk"), files.whole(path) as part:
+        part.write_text("half")
+        raise OSError("disk full")
+    assert path.read_text(encoding="utf-8") == '{\n "a": "é"\n}\n'
+    assert os.listdir(path.parent) == ["result.json"]
+
+
+def test_a_write_that_is_killed_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.jsonl"
+    files.write_rows(path, [{"id": 1}])
+    code = """
+import os, signal, sys
+from external import files
+with files.whole(sys.argv[1]) as part:
+    part.write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    killed = subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT)
+    assert killed.returncode == -signal.SIGKILL
+    assert path.read_text() == '{"id": 1}\n'
+    files.write_rows(path, [{"id": 2}])  # what the killed run left does not stand in the way
+    assert path.read_text() == '{"id": 2}\n' and os.listdir(tmp_path) == ["a.jsonl"]
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_who_may_read_a_file_is_what_the_umask_says(tmp_path, umask, mode):
+    old = os.umask(umask)
+    try:
+        files.write_text(tmp_path / "text", "a")
+        with files.whole(tmp_path / "weights") as part:
+            save_file({"x": torch.zeros(1)}, part)  # safetensors alone would make it 0600
+    finally:
+        os.umask(old)
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("text", "weights")] == [mode, mode]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('{"a": 1', "a.json: broken JSON"),
+        ('{"a": 1, "a": 2}', "a key stands twice"),
+        ("[" * 200_000, "a.json: broken JSON"),  # deeper than Python can follow
+        ("[1]", "a.json: holds a list, expected a dict"),
+    ],
+)
+def test_json_that_is_not_what_it_should_be_is_refused(tmp_path, text, message):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(SystemExit, match=message):
+        files.read_json(tmp_path / "a.json", dict)
+
+
+def test_rows_are_read_back_as_written(tmp_path):
+    rows = [{"id": 1, "text": "a\u2028b"}, {"id": 2, "text": ""}]  # \u2028 ends a line for Python, not for JSON
+    files.write_rows(tmp_path / "a.jsonl", rows)
+    assert [json.loads(line) for line in (tmp_path / "a.jsonl").read_text(encoding="utf-8").split("\n")[:-1]] == rows
+    assert [row["text"] for row in files.read_rows(tmp_path / "a.jsonl")] == ["a\u2028b", ""]
