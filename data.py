@@ -1,13 +1,13 @@
 """Preference pairs -> what the model reads: prompt, tokens, pictures, batches.
 
-    Pair {id, image, prompt, chosen, rejected}  (readers.py)
+    Pair {id, image, prompt, chosen, rejected}  (formats/readers.py)
       -> Processor: prompt ids with the image placeholders expanded, response ids + EOS, prepared pictures
       -> Example    one pair, m_l drawn from (seed, row, epoch)
       -> Batch      right-padded, with the mask of response tokens
 
 Ids are concatenated, strings are never split to find a boundary: prompt ids, then the response's own ids, then EOS.
-A row that cannot be used is a Problem with file, row and id (readers.py); nothing is cut or dropped silently.
-To look at data (inspect_data.py): `python -m formats.check DATA`, `python -m formats.show DATA --rows 3 --base B`.
+A row that cannot be used is a Problem with row and id (formats/problems.py); nothing is cut or dropped silently.
+To look at data: `python -m formats.check DATA`, `python -m formats.show DATA --rows 3 --base B`.
 
 Deviations from the papers and their releases
 1. m_l is drawn here, once per example and epoch, so policy and reference score the same picture (pictures.py has more).
@@ -16,6 +16,7 @@ Deviations from the papers and their releases
    prompt (its picture, even) or both responses.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -31,11 +32,34 @@ import pictures
 from model import Config
 from pictures import ImageSpec
 
+MAX_LENGTH = 4096  # expanded tokens; RoPE has no table, so no config's max_position_embeddings limits it
+IMAGE_TOKEN = "<image>"
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 TEMPLATED = (SYSTEM + " USER: ", " ASSISTANT:")  # the mDPO release stores its prompts inside this
+
+
+@dataclass(frozen=True)
+class Template:
+    """How a base was taught to read. Vicuna's words for all of them:
+
+    {SYSTEM} USER: <image>\\n{question} ASSISTANT:{response}{EOS}
+    """
+
+    bos: bool = True
+    response_blank: bool = False  # " The" or "The" after "ASSISTANT:"; Llama's tokenizer adds its own blank
+    image: ImageSpec = ImageSpec()
+
+
+SIGLIP = ImageSpec(size=384, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+VICUNA = Template()  # LLaVA-1.5
+BUNNY = Template(bos=False, response_blank=True, image=SIGLIP)  # as the base was tuned
+BUNNY_RELEASED = Template(bos=False, response_blank=False, image=SIGLIP)  # as the mDPO release trains it
+
+
+# ---- texts ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -52,6 +76,8 @@ class Pair:
 
 
 class Problem(NamedTuple):
+    """Why a row cannot be used."""
+
     row: int
     id: str
     reason: str  # a fixed phrase, counted by
@@ -62,29 +88,6 @@ class BadRow(ValueError):
     """reason, detail of a row that cannot be used."""
 
 
-MAX_LENGTH = 4096  # expanded tokens; RoPE has no table, so no config's max_position_embeddings limits it
-IMAGE_TOKEN = "<image>"
-
-
-@dataclass(frozen=True)
-class Template:
-    """How a base was taught to read: Vicuna's prompt for both, the ends differ."""
-
-    bos: bool = True
-    response_blank: bool = False  # " The" or "The" after "ASSISTANT:"; Llama's tokenizer adds its own blank
-    image: ImageSpec = ImageSpec()
-
-
-VICUNA = Template()
-
-SIGLIP = ImageSpec(size=384, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-BUNNY = Template(bos=False, response_blank=True, image=SIGLIP)
-BUNNY_RELEASED = Template(bos=False, response_blank=False, image=SIGLIP)
-
-
-# ---- texts ---------------------------------------------------------------------------------------------------------
-
-
 def bare_question(text: str) -> str:
     """A question as stored, bare or in the mDPO release's template, `<image>` at most once anywhere -> it alone."""
     before, after = TEMPLATED
@@ -92,19 +95,20 @@ def bare_question(text: str) -> str:
         text = text[len(before) : -len(after)]
     elif text.rstrip().endswith("ASSISTANT:"):
         raise BadRow("prompt is in another template", f"wanted: the question alone, or {before!r} + it + {after!r}")
-    if text.count("<image>") > 1:
+    if text.count(IMAGE_TOKEN) > 1:
         raise BadRow("several <image>", "one picture per pair is supported")
-    return text.replace("<image>", "").strip()
+    return text.replace(IMAGE_TOKEN, "").strip()
 
 
 class Processor:
     """Text and pictures of one base -> ids and tensors. `tokenizer` is the base's tokenizer.json."""
 
     def __init__(self, tokenizer: Tokenizer, config: Config, template: Template = VICUNA):
-        self.tokenizer, self.config = tokenizer, config
+        self.tokenizer = tokenizer
+        self.config = config
         self.template = replace(template, image=replace(template.image, size=config.vision.image_size))
-        special = [t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special]
-        self.special_texts = sorted({*special, IMAGE_TOKEN})
+        added = tokenizer.get_added_tokens_decoder().values()
+        self.special_texts = sorted({token.content for token in added if token.special} | {IMAGE_TOKEN})
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; "</s>" in it is text, never the end-of-sequence id."""
@@ -114,17 +118,19 @@ class Processor:
     def prompt_ids(self, question: str, with_image: bool = True) -> list[int]:
         """BOS, system text, the picture's placeholders, question, "ASSISTANT:". Each chunk around <image> is encoded
         on its own, as LLaVA does, so each gets its own dummy blank."""
-        c = self.config
-        ids = [c.bos_id] if self.template.bos else []
+        bos = [self.config.bos_id] if self.template.bos else []
         if not with_image:
-            return ids + self.encode(f"{SYSTEM} USER: {question} ASSISTANT:")
-        ids += self.encode(f"{SYSTEM} USER: ") + [c.image_id] * c.vision.patches
-        return ids + self.encode(f"\n{question} ASSISTANT:")
+            return bos + self.encode(f"{SYSTEM} USER: {question} ASSISTANT:")
+        before = self.encode(f"{SYSTEM} USER: ")
+        placeholders = [self.config.image_id] * self.config.vision.patches
+        after = self.encode(f"\n{question} ASSISTANT:")
+        return bos + before + placeholders + after
 
     def response_ids(self, response: str, room: int | None = None) -> list[int]:
         """The stripped response and EOS, which is scored too; its first `room` ids if it is longer (--cut-long)."""
         blank = " " if self.template.response_blank else ""
-        return (self.encode(blank + response.strip()) + [self.config.eos_id])[:room]
+        ids = self.encode(blank + response.strip()) + [self.config.eos_id]
+        return ids[:room]
 
     def decode(self, ids: list[int]) -> str:
         """Generated ids up to EOS -> text."""
@@ -136,10 +142,12 @@ class Processor:
         return pictures.prepare(image, self.template.image)  # (3, S, S)
 
 
-# ---- examples and batches ------------------------------------------------------------------------------------------
+# ---- examples ------------------------------------------------------------------------------------------------------
 
 
 class Example(NamedTuple):
+    """One pair as tensors."""
+
     pair: Pair
     prompt: Tensor  # (P,) int64, N of them image placeholders
     chosen: Tensor  # (Tw,) response ids and EOS
@@ -148,9 +156,83 @@ class Example(NamedTuple):
     image_rejected: Tensor | None  # m_l (3, S, S); None where the objective does not look at it
 
 
+class PairData(Dataset):
+    """Examples by (epoch, index): the epoch is part of what is asked for, since m_l is drawn anew in each.
+
+    strategy: how m_l is made, None for no m_l. max_length: longer responses are cut to fit (--cut-long).
+    """
+
+    def __init__(
+        self,
+        pairs: list[Pair],
+        processor: Processor,
+        strategy: str | None = None,
+        seed: int = 0,
+        fresh_every_epoch: bool = True,
+        with_image: bool = True,
+        max_length: int | None = None,
+    ):
+        if strategy == "random" and len(pairs) < 2:
+            raise SystemExit("--rejected-image random takes another example's picture: at least 2 pairs are needed")
+        self.pairs = pairs
+        self.processor = processor
+        self.strategy = strategy
+        self.seed = seed
+        self.fresh_every_epoch = fresh_every_epoch
+        self.with_image = with_image
+        self.max_length = max_length
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, key: tuple[int, int]) -> Example:
+        epoch, index = key
+        pair = self.pairs[index]
+        prompt = self.processor.prompt_ids(pair.prompt, self.with_image)
+        room = None
+        if self.max_length is not None:
+            room = self.max_length - len(prompt)
+            assert room > 0, f"row {pair.row}: a prompt of {len(prompt)} tokens leaves no room"
+        m_w = m_l = None
+        if self.with_image:
+            image = pictures.open_image(pair.image)
+            m_w = self.processor.prepare(image)
+            if self.strategy:
+                m_l = self.image_rejected(index, image, epoch)
+        return Example(
+            pair,
+            prompt=torch.tensor(prompt),
+            chosen=torch.tensor(self.processor.response_ids(pair.chosen, room)),
+            rejected=torch.tensor(self.processor.response_ids(pair.rejected, room)),
+            image=m_w,
+            image_rejected=m_l,
+        )
+
+    def image_rejected(self, index: int, image: Image.Image, epoch: int) -> Tensor:
+        """m_l (3, S, S) of the pair whose original picture is `image`: a function of (seed, row, epoch) alone."""
+        pair = self.pairs[index]
+        rng = np.random.default_rng((self.seed, pair.row, epoch if self.fresh_every_epoch else 0))
+        other = None
+        if self.strategy == "given":
+            other = pictures.open_image(pair.image_rejected)
+        elif self.strategy == "random":
+            neighbour = (index + rng.integers(1, len(self.pairs))) % len(self.pairs)  # never itself
+            other = pictures.open_image(self.pairs[neighbour].image)
+        return pictures.rejected_image(self.strategy, image, rng, self.processor.template.image, other)
+
+
+# ---- batches -------------------------------------------------------------------------------------------------------
+
+
 class Tokens(NamedTuple):
     input_ids: Tensor  # (B, T) int64, right-padded
     response_mask: Tensor  # (B, T) bool, True on response tokens, EOS included
+
+    def to(self, device: torch.device) -> "Tokens":
+        return Tokens(
+            self.input_ids.to(device, non_blocking=True),
+            self.response_mask.to(device, non_blocking=True),
+        )
 
 
 class Batch(NamedTuple):
@@ -160,90 +242,66 @@ class Batch(NamedTuple):
     image_rejected: Tensor | None  # m_l (B, 3, S, S)
 
     def to(self, device: torch.device) -> "Batch":
-        tokens = [Tokens(*(t.to(device, non_blocking=True) for t in side)) for side in self[:2]]
-        pictures = [None if t is None else t.to(device, non_blocking=True) for t in self[2:]]
-        return Batch(*tokens, *pictures)
-
-
-class PairData(Dataset):
-    """Examples by (epoch, index): the epoch is part of what is asked for, since m_l is drawn anew in each."""
-
-    def __init__(self, pairs: list[Pair], processor: Processor, strategy: str | None = None, seed: int = 0,
-                 fresh_every_epoch: bool = True, with_image: bool = True, max_length: int | None = None):  # fmt: skip
-        self.pairs, self.processor, self.strategy, self.seed = pairs, processor, strategy, seed
-        self.fresh_every_epoch, self.with_image, self.max_length = fresh_every_epoch, with_image, max_length
-        if strategy == "random" and len(pairs) < 2:
-            raise SystemExit("--rejected-image random takes another example's picture: at least 2 pairs are needed")
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, key: tuple[int, int]) -> Example:
-        epoch, index = key
-        pair, p = self.pairs[index], self.processor
-        prompt = p.prompt_ids(pair.prompt, self.with_image)
-        room = None if self.max_length is None else self.max_length - len(prompt)
-        assert room is None or room > 0, f"row {pair.row}: a prompt of {len(prompt)} tokens leaves no room"
-        ids = (prompt, p.response_ids(pair.chosen, room), p.response_ids(pair.rejected, room))
-        image = m_w = m_l = None
-        if self.with_image:
-            image = pictures.open_image(pair.image)
-            m_w = p.prepare(image)
-        if self.strategy:
-            m_l = self.image_rejected(pair, index, image, m_w, epoch if self.fresh_every_epoch else 0)
-        return Example(pair, *(torch.tensor(i) for i in ids), m_w, m_l)
-
-    def image_rejected(self, pair: Pair, index: int, image: Image.Image, m_w: Tensor, epoch: int) -> Tensor:
-        """m_l (3, S, S), a function of (seed, row, epoch) alone. `image` is the original, `m_w` it prepared."""
-        rng = np.random.default_rng((self.seed, pair.row, epoch))
-        if self.strategy == "same":
-            return m_w
-        if self.strategy == "given":
-            return self.processor.prepare(pictures.open_image(pair.image_rejected))
-        if self.strategy in pictures.ON_TENSOR:
-            return pictures.ON_TENSOR[self.strategy](m_w, rng)
-        args = ()
-        if self.strategy == "random":
-            other = (index + rng.integers(1, len(self.pairs))) % len(self.pairs)  # never itself
-            args = (pictures.open_image(self.pairs[other].image),)
-        return self.processor.prepare(pictures.ON_PICTURE[self.strategy](image, rng, *args))
+        images = self.images
+        if images is not None:
+            images = images.to(device, non_blocking=True)
+        image_rejected = self.image_rejected
+        if image_rejected is not None:
+            image_rejected = image_rejected.to(device, non_blocking=True)
+        return Batch(self.chosen.to(device), self.rejected.to(device), images, image_rejected)
 
 
 def pad_rows(prompts: list[Tensor], responses: list[Tensor], pad_id: int) -> Tokens:
     """[prompt | response | padding] rows. Right padding: under a causal mask no real token sees it."""
     lengths = [(len(p), len(r)) for p, r in zip(prompts, responses, strict=True)]
+    B = len(lengths)
     T = max(p + r for p, r in lengths)
-    input_ids = torch.full((len(prompts), T), pad_id)  # (B, T)
-    response_mask = torch.zeros(len(prompts), T, dtype=torch.bool)  # (B, T)
+    input_ids = torch.full((B, T), pad_id)  # (B, T)
+    response_mask = torch.zeros(B, T, dtype=torch.bool)  # (B, T)
     for i, (p, r) in enumerate(lengths):
-        input_ids[i, :p], input_ids[i, p : p + r] = prompts[i], responses[i]
+        input_ids[i, :p] = prompts[i]
+        input_ids[i, p : p + r] = responses[i]
         response_mask[i, p : p + r] = True
     return Tokens(input_ids, response_mask)
 
 
+def stack(images: list[Tensor | None]) -> Tensor | None:
+    """B pictures (3, S, S) -> (B, 3, S, S), or None where the examples have none."""
+    return None if images[0] is None else torch.stack(images)  # (B, 3, S, S)
+
+
 def collate(examples: list[Example], config: Config) -> Batch:
+    """Examples -> one Batch, with its placeholders and its scored tokens counted."""
     prompts = [e.prompt for e in examples]
-    chosen, rejected = (pad_rows(prompts, [getattr(e, s) for e in examples], config.pad_id) for s in Batch._fields[:2])
-    pictures = [None if getattr(examples[0], s) is None else torch.stack([getattr(e, s) for e in examples])
-                for s in ("image", "image_rejected")]  # fmt: skip
-    expected = 0 if pictures[0] is None else config.vision.patches
-    for side in (chosen, rejected):
-        slots = (side.input_ids == config.image_id).sum(1).tolist()  # per row
+    batch = Batch(
+        chosen=pad_rows(prompts, [e.chosen for e in examples], config.pad_id),
+        rejected=pad_rows(prompts, [e.rejected for e in examples], config.pad_id),
+        images=stack([e.image for e in examples]),
+        image_rejected=stack([e.image_rejected for e in examples]),
+    )
+    expected = 0 if batch.images is None else config.vision.patches
+    for side in (batch.chosen, batch.rejected):
+        slots = (side.input_ids == config.image_id).sum(1).tolist()  # (B, T) -> B counts
         assert slots == [expected] * len(examples), f"{slots} placeholders in rows that have {expected} image features"
         assert side.response_mask.any(1).all(), f"rows without a scored token: {[e.pair.id for e in examples]}"
-    return Batch(chosen, rejected, *pictures)
+    return batch
 
 
 class EpochSampler(Sampler):
     """(epoch, index) for all epochs, each a permutation seeded by (seed, epoch), from position `start` on."""
 
     def __init__(self, n: int, epochs: int, seed: int, start: int = 0):
-        self.n, self.epochs, self.seed, self.start = n, epochs, seed, start
+        self.n = n
+        self.epochs = epochs
+        self.seed = seed
+        self.start = start
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple[int, int]]:
         for epoch in range(self.start // self.n, self.epochs):
             order = np.random.default_rng((self.seed, epoch)).permutation(self.n)
-            yield from ((epoch, int(index)) for index in order[max(0, self.start - epoch * self.n) :])
+            already = max(0, self.start - epoch * self.n)  # of this epoch
+            for index in order[already:]:
+                yield epoch, int(index)
 
     def __len__(self) -> int:
         return self.n * self.epochs - self.start
@@ -251,5 +309,12 @@ class EpochSampler(Sampler):
 
 def example_loader(data: PairData, sampler: Sampler, workers: int) -> DataLoader:
     """Examples one by one in the sampler's order, prepared by worker processes."""
-    return DataLoader(data, batch_size=None, sampler=sampler, num_workers=workers, persistent_workers=False,
-                      prefetch_factor=8 if workers else None, pin_memory=torch.cuda.is_available())  # fmt: skip
+    return DataLoader(
+        data,
+        batch_size=None,
+        sampler=sampler,
+        num_workers=workers,
+        persistent_workers=False,
+        prefetch_factor=8 if workers else None,
+        pin_memory=torch.cuda.is_available(),
+    )

@@ -1,7 +1,9 @@
-"""Pictures: opening them whatever they are, preparing them for a tower, the rejected image m_l (mDPO 3.1, Table 3).
+"""Pictures: opening them, preparing them for a vision tower, and m_l, the rejected image (mDPO 3.1, Table 3).
 
-A strategy is one function: `crop(image, rng) -> image` on the original RGB picture, before padding and resizing, or,
-for those in ON_TENSOR, the same on the prepared (3, S, S) tensor. `random` gets another example's picture as well.
+    open_image       a file or bytes -> an RGB picture, or ValueError with the reason
+    prepare          a picture -> what the vision tower reads
+    rejected_image   a picture and a strategy -> m_l, prepared; the crop's range stands in CROPS
+
 The random generator is an argument, seeded by the data set from (seed, row, epoch): policy and reference see the same
 m_l, and neither worker count nor batch size changes it.
 
@@ -11,7 +13,7 @@ Deviations from the mDPO paper and release
    `crop-released` is the release's geometry, still drawn once.
 2. "less than 20 %" (paper) is an area drawn uniformly from 1-20 %, aspect log-uniform in 3/4-4/3 (release).
 3. `moco` is MoCo v2's augmentation; its blur radius is given for 224 px and scaled to the size of the picture.
-4. black, diffusion, region-noise and given are not in the paper; see docs/log.md for where they come from.
+4. region-noise, same and given are not in the paper; see docs/log.md for where they come from.
 """
 
 import io
@@ -51,7 +53,8 @@ def open_image(source: Path | bytes) -> Image.Image:
             if image.mode in ("I", "F"):
                 raise ValueError(f"32-bit greys (mode {image.mode}), whose white level is not known")
             if image.mode.startswith("I;16"):
-                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+                levels = np.asarray(image) >> 8  # 0-65535 -> 0-255
+                image = Image.fromarray(levels.astype(np.uint8))
             return image.convert("RGB")
     except FileNotFoundError:
         raise ValueError("missing image") from None
@@ -60,10 +63,12 @@ def open_image(source: Path | bytes) -> Image.Image:
 
 
 def picture_problem(path: Path) -> str | None:
+    """Why the picture at `path` cannot be used, or None."""
     try:
         open_image(path)
     except ValueError as e:
         return f"{path}: {e}"
+    return None
 
 
 # ---- preparation ---------------------------------------------------------------------------------------------------
@@ -85,29 +90,80 @@ class ImageSpec:
 
 def square(image: Image.Image, spec: ImageSpec) -> Image.Image:
     """Pad to a square with the mean colour, or cut the middle out, at the tower's size; RGB uint8."""
-    w, h = image.size
-    s = spec.size
     if spec.mode == "crop":
-        w, h = (s, int(s * h / w)) if w <= h else (int(s * w / h), s)  # the shorter side becomes s
-        left, top = (w - s) // 2, (h - s) // 2
-        return image.resize((w, h), Image.Resampling.BICUBIC).crop((left, top, left + s, top + s))
+        return middle(image, spec.size)
+    w, h = image.size
     side = max(w, h)
     canvas = Image.new("RGB", (side, side), spec.pad_colour)
     canvas.paste(image, ((side - w) // 2, (side - h) // 2))
-    return canvas.resize((s, s), Image.Resampling.BICUBIC)
+    return canvas.resize((spec.size, spec.size), Image.Resampling.BICUBIC)
+
+
+def middle(image: Image.Image, size: int) -> Image.Image:
+    """The shorter side becomes `size`, then the middle square is cut out."""
+    w, h = image.size
+    if w <= h:
+        w, h = size, int(size * h / w)
+    else:
+        w, h = int(size * w / h), size
+    left = (w - size) // 2
+    top = (h - size) // 2
+    return image.resize((w, h), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+
+
+def normalise(x: Tensor, spec: ImageSpec) -> Tensor:
+    """Levels 0-255 (..., 3, S, S) -> (x / 255 - mean) / std, float32.
+
+    All 256 levels come out bit-equal to the image processors' own arithmetic, which takes x * (1 / 255) in float64.
+    """
+    mean = torch.tensor(spec.mean, device=x.device)[:, None, None]  # (3, 1, 1)
+    std = torch.tensor(spec.std, device=x.device)[:, None, None]  # (3, 1, 1)
+    return (x / 255 - mean) / std  # (..., 3, S, S)
 
 
 def prepare(image: Image.Image, spec: ImageSpec) -> Tensor:
     """RGB picture -> (3, S, S) float32, normalised; bit-equal to LLaVA's and Bunny's own preparation."""
     if max(image.size) > MAX_SIDE:  # 30,000x10: its square canvas would take 2.7 GB
         image = ImageOps.contain(image, (MAX_SIDE, MAX_SIDE), Image.Resampling.BICUBIC)
-    x = np.asarray(square(image, spec))  # (S, S, 3) uint8
-    levels = (np.arange(256)[:, None] * (1 / 255)).astype(np.float32)  # in float64 first, as the image processors do
-    levels = (levels - np.array(spec.mean, np.float32)) / np.array(spec.std, np.float32)  # (256, 3)
-    return torch.from_numpy(np.stack([levels[x[..., c], c] for c in range(3)]))  # looked up: (S, S, 3) -> (3, S, S)
+    levels = torch.from_numpy(np.array(square(image, spec)))  # (S, S, 3) uint8
+    return normalise(levels.permute(2, 0, 1), spec).contiguous()  # (3, S, S)
 
 
 # ---- m_l: the rejected image ---------------------------------------------------------------------------------------
+
+CROPS = {  # strategy: share of the picture's area that a crop keeps, drawn uniformly
+    "crop": (0.01, 0.2),  # mDPO 3.1, "less than 20 %"; from 1 % as the release
+    "crop20-50": (0.2, 0.5),  # Table 3
+}
+STRATEGIES = (
+    *CROPS,
+    "random",  # Table 3: the picture of another example
+    "moco",  # Table 3
+    "crop-released",  # the release's geometry: the prepared tensor is cropped
+    "region-noise",
+    "same",  # m_l = m_w, the null of CoPO
+    "given",  # the data's own m_l
+)
+FROM_ELSEWHERE = ("random", "given")  # m_l is not made from m_w: the data set brings it as `other`
+
+
+def rejected_image(
+    strategy: str, image: Image.Image, rng: Rng, spec: ImageSpec, other: Image.Image | None = None
+) -> Tensor:
+    """m_l (3, S, S), prepared, of the original RGB picture `image` (m_w), by one of STRATEGIES (mDPO 3.1, Table 3)."""
+    assert strategy in STRATEGIES, f"{strategy!r} is none of {STRATEGIES}"
+    if strategy == "crop-released":
+        return crop_released(prepare(image, spec), rng)
+    if strategy in CROPS:
+        low, high = CROPS[strategy]
+        image = crop(image, rng, low, high)
+    elif strategy == "moco":
+        image = moco(image, rng)
+    elif strategy == "region-noise":
+        image = region_noise(image, rng)
+    elif strategy in FROM_ELSEWHERE:
+        image = other
+    return prepare(image, spec)
 
 
 def crop_box(w: int, h: int, rng: Rng, low: float, high: float) -> tuple[int, int, int, int]:
@@ -115,85 +171,69 @@ def crop_box(w: int, h: int, rng: Rng, low: float, high: float) -> tuple[int, in
     area = w * h * rng.uniform(low, high)
     aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
     aspect = min(max(aspect, area / h**2), w**2 / area)  # a long thin picture: keep the area, bend the aspect
-    cw = min(w, max(1, round(math.sqrt(area * aspect))))
-    ch = min(h, max(1, round(math.sqrt(area / aspect))))
-    return int(rng.integers(w - cw + 1)), int(rng.integers(h - ch + 1)), cw, ch
+    crop_w = min(w, max(1, round(math.sqrt(area * aspect))))
+    crop_h = min(h, max(1, round(math.sqrt(area / aspect))))
+    left = int(rng.integers(w - crop_w + 1))
+    top = int(rng.integers(h - crop_h + 1))
+    return left, top, crop_w, crop_h
 
 
-def cut(image: Image.Image, rng: Rng, low: float, high: float) -> Image.Image:
-    left, top, cw, ch = crop_box(*image.size, rng, low, high)
-    return image.crop((left, top, left + cw, top + ch))
-
-
-def crop(image: Image.Image, rng: Rng) -> Image.Image:
-    """The paper's default: a crop of less than 20 % of the picture."""
-    return cut(image, rng, 0.01, 0.2)
-
-
-def crop20_50(image: Image.Image, rng: Rng) -> Image.Image:
-    """Table 3, "Crop 20%-50%"."""
-    return cut(image, rng, 0.2, 0.5)
-
-
-def random(image: Image.Image, rng: Rng, other: Image.Image) -> Image.Image:
-    """Table 3, "Random image": the picture of another example."""
-    return other
+def crop(image: Image.Image, rng: Rng, low: float, high: float) -> Image.Image:
+    """A crop that keeps a share U(low, high) of the picture's area."""
+    left, top, w, h = crop_box(image.width, image.height, rng, low, high)
+    return image.crop((left, top, left + w, top + h))
 
 
 def moco(image: Image.Image, rng: Rng) -> Image.Image:
     """Table 3, "MoCo v2": crop 20-100 %, colour jitter 0.4/0.4/0.4/0.1 (p .8), grey (.2), blur (.5), flip (.5)."""
-    image = cut(image, rng, 0.2, 1.0)
+    image = crop(image, rng, 0.2, 1.0)
     if rng.random() < 0.8:
-        for i in rng.permutation(4):
-            if i == 3:  # hue, in turns of the colour circle
-                hue, s, v = image.convert("HSV").split()
-                shift = round(255 * rng.uniform(-0.1, 0.1))
-                hue = hue.point([(level + shift) % 256 for level in range(256)])
-                image = Image.merge("HSV", (hue, s, v)).convert("RGB")
-            else:
-                enhancer = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[i]
-                image = enhancer(image).enhance(rng.uniform(0.6, 1.4))
+        image = colour_jitter(image, rng)
     if rng.random() < 0.2:
         image = image.convert("L").convert("RGB")
     if rng.random() < 0.5:
-        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.1, 2.0) * min(image.size) / 224))
-    return ImageOps.mirror(image) if rng.random() < 0.5 else image
+        radius = rng.uniform(0.1, 2.0) * min(image.size) / 224
+        image = image.filter(ImageFilter.GaussianBlur(radius))
+    if rng.random() < 0.5:
+        image = ImageOps.mirror(image)
+    return image
 
 
-def black(image: Image.Image, rng: Rng) -> Image.Image:
-    return Image.new("RGB", image.size)
+def colour_jitter(image: Image.Image, rng: Rng) -> Image.Image:
+    """Brightness, contrast and saturation by 0.6-1.4 and hue by up to a tenth of the colour circle, in random order."""
+    enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+    for i in rng.permutation(4):
+        if i < 3:
+            image = enhancers[i](image).enhance(rng.uniform(0.6, 1.4))
+        else:
+            image = turn_hue(image, round(255 * rng.uniform(-0.1, 0.1)))
+    return image
+
+
+def turn_hue(image: Image.Image, shift: int) -> Image.Image:
+    """`shift` of 256 around the colour circle."""
+    hue, saturation, value = image.convert("HSV").split()
+    hue = hue.point([(level + shift) % 256 for level in range(256)])
+    return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
 
 
 def region_noise(image: Image.Image, rng: Rng) -> Image.Image:
     """Uniform noise over one rectangle of 20 % of the area."""
-    left, top, w, h = crop_box(*image.size, rng, 0.2, 0.2)
-    noise = Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8))
+    left, top, w, h = crop_box(image.width, image.height, rng, 0.2, 0.2)
+    noise = rng.integers(0, 256, (h, w, 3), dtype=np.uint8)
     image = image.copy()
-    image.paste(noise, (left, top))
+    image.paste(Image.fromarray(noise), (left, top))
     return image
 
 
 def crop_released(x: Tensor, rng: Rng) -> Tensor:
     """The release: RandomResizedCrop(scale (.01, .2), ratio (3/4, 4/3), bilinear) of the prepared (3, S, S) tensor."""
-    left, top, w, h = crop_box(x.shape[2], x.shape[1], rng, 0.01, 0.2)
+    size = x.shape[-1]
+    left, top, w, h = crop_box(size, size, rng, low=0.01, high=0.2)
     return resized_crop(x, top, left, h, w)
 
 
 def resized_crop(x: Tensor, top: int, left: int, h: int, w: int) -> Tensor:
+    """The crop at (left, top) of a (3, S, S) tensor, resized to (3, S, S)."""
     cropped = x[None, :, top : top + h, left : left + w]  # (1, 3, h, w)
     return F.interpolate(cropped, size=x.shape[1:], mode="bilinear", align_corners=False)[0]  # (3, S, S)
-
-
-def diffusion(x: Tensor, rng: Rng) -> Tensor:
-    """Forward diffusion of the prepared tensor to step 500 of 1000, sigmoid noise schedule (VCD's contrast image)."""
-    betas = torch.sigmoid(torch.linspace(-6, 6, 1000)) * (0.5e-2 - 1e-5) + 1e-5
-    kept = torch.cumprod(1 - betas, 0)[500]
-    noise = torch.from_numpy(rng.standard_normal(x.shape, dtype=np.float32))
-    return kept.sqrt() * x + (1 - kept).sqrt() * noise
-
-
-ON_PICTURE = {
-    "crop": crop, "crop20-50": crop20_50, "random": random, "moco": moco, "black": black, "region-noise": region_noise,
-}  # fmt: skip
-ON_TENSOR = {"crop-released": crop_released, "diffusion": diffusion}
-STRATEGIES = (*ON_PICTURE, *ON_TENSOR, "same", "given")  # same: m_l = m_w, the null of CoPO; given: a path in the data

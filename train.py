@@ -40,7 +40,7 @@ from engine.memory import fit_in_memory, peak_gib
 from engine.reference import DRIFT_ROWS, ReferenceCache, base_digest
 from engine.run_folder import HEADER, line, new_run_folder
 from formats import hub_data
-from formats.check import find_problems, usable
+from formats.problems import find_problems, usable
 from formats.readers import read_pairs
 from lora import add_lora, lora_disabled, lora_modules
 

@@ -14,7 +14,7 @@ from bases.tokenizer import load_tokenizer
 from bench import loading
 from data import Processor
 from external import hub
-from formats import check, show
+from formats import check, command, show
 
 
 def write(folder, rows):
@@ -94,16 +94,16 @@ def test_check_counts_tokens_and_refuses_too_long(pairs_file, tiny_base, capsys)
 
 def test_show_prints_what_the_model_sees(bad_data, tiny_base, tmp_path, capsys):
     sheet = tmp_path / "sheet.png"
-    show.main([bad_data, "--rows", "3", "--base", str(tiny_base), "--out", str(sheet), "--rejected-image", "black"])
+    show.main([bad_data, "--rows", "3", "--base", str(tiny_base), "--out", str(sheet), "--rejected-image", "same"])
     out = capsys.readouterr().out
     assert "answers to the user's questions. USER:  [4 x <image>] '\\nIs 1 blue? ASSISTANT:'" in out
     assert "scored: [[Yes it is</s>]]" in out and "scored: [[Not at all</s>]]" in out
-    assert "m_w 30x20 -> 28x28; m_l by 'black'" in out
+    assert "m_w 30x20 -> 28x28; m_l by 'same'" in out
     assert "row 2, id r2" in out and "cannot be used: empty chosen" in out and "cannot be used: broken image" in out
     # one row of two 28 px pictures: 8 + 28 + 8 + 28 + 8 wide, 8 + 16 + 28 + 8 high; red 30x20 fills rows 5-23 of 28
     image = Image.open(sheet)
     assert image.size == (80, 60) and image.getpixel((8 + 14, 24 + 14)) == (255, 0, 0)
-    assert image.getpixel((44 + 14, 24 + 14)) == (0, 0, 0)
+    assert image.getpixel((44 + 14, 24 + 14)) == (255, 0, 0)
     assert image.getpixel((8 + 14, 24 + 1)) == image.getpixel((44 + 14, 24 + 1)) == (122, 116, 104)  # padding
 
 
@@ -119,7 +119,7 @@ def test_a_named_base_needs_its_small_files_only(monkeypatch, tmp_path, tiny_bas
     asked = []
     monkeypatch.delenv("NANOMDPO_WEIGHTS", raising=False)
     monkeypatch.setattr(hub, "download", lambda *args: asked.append(args[:3]) or tiny_base)
-    check.load_small_processor("llava-1.5-7b")
+    command.load_small_processor("llava-1.5-7b")
     assert asked == [("llava-hf/llava-1.5-7b-hf", ("*.json", "tokenizer.model"), "model")]
 
 

@@ -127,8 +127,9 @@ def test_very_long_pictures_are_prepared(size, monkeypatch):
 # ---- m_l -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("low, high, mean", [(0.01, 0.2, 0.105), (0.2, 0.5, 0.35)], ids=["crop", "crop20-50"])
-def test_crop_statistics(low, high, mean):
+@pytest.mark.parametrize("name, low, high, mean", [("crop", 0.01, 0.2, 0.105), ("crop20-50", 0.2, 0.5, 0.35)])
+def test_crop_statistics(name, low, high, mean):
+    assert pictures.CROPS[name] == (low, high)
     rng, w, h = np.random.default_rng(0), 640, 480
     boxes = np.array([pictures.crop_box(w, h, rng, low, high) for _ in range(4000)])
     left, top, cw, ch = boxes.T
@@ -158,30 +159,33 @@ def test_crop_box_of_odd_shapes_stays_inside(w, h):
 def test_crop_is_cut_from_the_picture_itself():
     image = picture(40, 30)
     left, top, w, h = pictures.crop_box(40, 30, np.random.default_rng(3), 0.01, 0.2)
-    cropped = pictures.crop(image, np.random.default_rng(3))
+    cropped = pictures.crop(image, np.random.default_rng(3), 0.01, 0.2)
     assert np.array_equal(np.asarray(cropped), np.asarray(image)[top : top + h, left : left + w])
 
 
-@pytest.mark.parametrize("name", pictures.ON_PICTURE)
-def test_strategies_on_the_picture(name):
+@pytest.mark.parametrize("name", pictures.STRATEGIES)
+def test_every_strategy_makes_a_prepared_picture(name):
     image, other = picture(60, 40), picture(30, 50, seed=1)
     before = image.copy()
 
     def draw(seed):
-        return pictures.ON_PICTURE[name](image, np.random.default_rng(seed), *([other] if name == "random" else []))
+        return pictures.rejected_image(name, image, np.random.default_rng(seed), CLIP, other)
 
     drawn = draw(0)
-    assert drawn.mode == "RGB" and np.array_equal(np.asarray(drawn), np.asarray(draw(0)))
+    assert drawn.shape == (3, 28, 28) and torch.equal(drawn, draw(0))
     assert np.array_equal(np.asarray(image), np.asarray(before))  # m_w is left as it was
-    fixed = name in ("random", "black")
-    assert fixed or any(np.asarray(draw(0)).tobytes() != np.asarray(draw(s)).tobytes() for s in (1, 2))
-    if name == "random":
-        assert drawn is other
-    if name == "black":
-        assert drawn.size == image.size and not np.asarray(drawn).any()
-    if name == "region-noise":
-        changed = (np.asarray(drawn) != np.asarray(image)).any(2).mean()
-        assert changed == pytest.approx(0.2, abs=0.02)  # 20 % of the area
+    fixed = {"random": other, "given": other, "same": image}
+    if name in fixed:
+        assert torch.equal(drawn, prepare(fixed[name], CLIP))
+    else:
+        assert any(not torch.equal(drawn, draw(seed)) for seed in (1, 2))
+
+
+def test_region_noise_covers_a_fifth():
+    image = picture(60, 40)
+    drawn = pictures.region_noise(image, np.random.default_rng(0))
+    changed = (np.asarray(drawn) != np.asarray(image)).any(2).mean()
+    assert changed == pytest.approx(0.2, abs=0.02)
 
 
 def test_moco_uses_all_its_parts():
@@ -206,12 +210,3 @@ def test_released_crop_is_the_libraries_resized_crop():
     left, top, w, h = pictures.crop_box(28, 28, np.random.default_rng(5), 0.01, 0.2)
     expected = functional.resized_crop(x, top, left, h, w, [28, 28], antialias=False)
     torch.testing.assert_close(pictures.crop_released(x, np.random.default_rng(5)), expected, atol=1e-6, rtol=0)
-
-
-def test_diffusion_keeps_the_known_share_of_the_signal():
-    x = torch.full((3, 64, 64), 2.0)
-    noisy = pictures.diffusion(x, np.random.default_rng(0))
-    # beta_t = sigmoid(-6 + 12 t / 999) * .00499 + .00001; sqrt(prod_{t = 0..500} (1 - beta_t)) = .86302, in float64
-    assert noisy.mean().item() == pytest.approx(2 * 0.86302, abs=0.02)
-    assert noisy.std().item() == pytest.approx(0.50517, abs=0.02)  # sqrt(1 - .86302^2)
-    assert torch.equal(noisy, pictures.diffusion(x, np.random.default_rng(0)))
