@@ -61,6 +61,15 @@ def test_llava_equals_transformers(llava, beams):
     assert len(set(lengths)) > 2, lengths  # rows end at several steps
 
 
+def test_the_cached_loop_equals_the_plain_one(llava):
+    """Batched, padded, rows leaving early: each row has the tokens that reading everything anew gives it alone."""
+    _, ours = llava
+    prompts, pictures = prompts_and_pictures(42, 9, tiny_models.IMAGE_ID)
+    plain = [generate.greedy(ours, p, x, 20) for p, x in zip(prompts, pictures, strict=True)]
+    assert generate.generate(ours, prompts, pictures, 20) == plain
+    assert len({len(ids) for ids in plain}) > 2, plain
+
+
 @pytest.mark.parametrize("beams", [1, 3])
 def test_bunny_equals_phi(tmp_path, beams):
     """Bunny gives the tokens of transformers' Phi when Phi is fed Bunny's embeddings."""
