@@ -16,6 +16,7 @@ Deviations from the papers and their releases
    prompt (its picture, even) or both responses.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -154,6 +155,7 @@ class Example(NamedTuple):
     rejected: Tensor  # (Tl,)
     image: Tensor | None  # m_w (3, S, S); None for dpo-no-image
     image_rejected: Tensor | None  # m_l (3, S, S); None where the objective does not look at it
+    draw: int = 0  # the epoch whose m_l this is
 
 
 class PairData(Dataset):
@@ -186,6 +188,17 @@ class PairData(Dataset):
         return len(self.pairs)
 
     def __getitem__(self, key: tuple[int, int]) -> Example:
+        _, index = key
+        example = self.without_pixels(key)
+        if not self.with_image:
+            return example
+        image = pictures.open_image(example.pair.image)
+        m_w = self.processor.prepare(image)
+        m_l = self.image_rejected(index, image, example.draw) if self.strategy else None
+        return example._replace(image=m_w, image_rejected=m_l)
+
+    def without_pixels(self, key: tuple[int, int]) -> Example:
+        """The example with empty tensors for its pictures: all that its length depends on."""
         epoch, index = key
         pair = self.pairs[index]
         prompt = self.processor.prompt_ids(pair.prompt, self.with_image)
@@ -193,25 +206,20 @@ class PairData(Dataset):
         if self.max_length is not None:
             room = self.max_length - len(prompt)
             assert room > 0, f"row {pair.row}: a prompt of {len(prompt)} tokens leaves no room"
-        m_w = m_l = None
-        if self.with_image:
-            image = pictures.open_image(pair.image)
-            m_w = self.processor.prepare(image)
-            if self.strategy:
-                m_l = self.image_rejected(index, image, epoch)
         return Example(
             pair,
             prompt=torch.tensor(prompt),
             chosen=torch.tensor(self.processor.response_ids(pair.chosen, room)),
             rejected=torch.tensor(self.processor.response_ids(pair.rejected, room)),
-            image=m_w,
-            image_rejected=m_l,
+            image=torch.empty(0) if self.with_image else None,
+            image_rejected=torch.empty(0) if self.strategy else None,
+            draw=epoch if self.fresh_every_epoch else 0,
         )
 
-    def image_rejected(self, index: int, image: Image.Image, epoch: int) -> Tensor:
-        """m_l (3, S, S) of the pair whose original picture is `image`: a function of (seed, row, epoch) alone."""
+    def image_rejected(self, index: int, image: Image.Image, draw: int) -> Tensor:
+        """m_l (3, S, S) of the pair whose original picture is `image`: a function of (seed, row, draw) alone."""
         pair = self.pairs[index]
-        rng = np.random.default_rng((self.seed, pair.row, epoch if self.fresh_every_epoch else 0))
+        rng = np.random.default_rng((self.seed, pair.row, draw))
         other = None
         if self.strategy == "given":
             other = pictures.open_image(pair.image_rejected)
@@ -307,14 +315,13 @@ class EpochSampler(Sampler):
         return self.n * self.epochs - self.start
 
 
-def example_loader(data: PairData, sampler: Sampler, workers: int) -> DataLoader:
-    """Examples one by one in the sampler's order, prepared by worker processes."""
+def example_loader(data: PairData, sampler: Sampler, workers: int, batch: int = 8) -> DataLoader:
+    """Examples one by one in the sampler's order, prepared by worker processes at least one step of `batch` ahead."""
     return DataLoader(
         data,
         batch_size=None,
         sampler=sampler,
         num_workers=workers,
-        persistent_workers=False,
-        prefetch_factor=8 if workers else None,
+        prefetch_factor=max(8, math.ceil(batch / workers)) if workers else None,
         pin_memory=torch.cuda.is_available(),
     )

@@ -1,11 +1,11 @@
-"""Train a LoRA adapter with mDPO, DPO or PDS-DPO: one flag block, one plain loop.
+"""Train a LoRA adapter with mDPO, DPO or PDS-DPO: the recipes, one plain loop, what it calls, the flags.
 
-    python train.py --base toy                                       the demo: a small world, a few minutes on a CPU
+    python train.py --base toy                                       a small world, a minute or two on a CPU
     python train.py --base llava-1.5-7b --data preferences.json      the paper's run (mDPO 4.1) on one GPU
 
-Files to read for one step, in order: train.py (loop) -> data.py (Batch) -> losses.py (plain_logps, mdpo_terms) ->
+Files to read for one step, in order: train.py (the loop) -> data.py (Batch) -> losses.py (plain_logps, mdpo_terms) ->
 model.py (forward) -> lora.py (the reference is the model with its adapter off). Everything fast is switched on in
-`plain_or_fast`, `reference_cache` and `fit_in_memory`; it lives in packing.py and engine/head.py.
+`fast_path` and lives in engine/; the plain path needs none of it.
 
 Deviations from the papers and their released code
 1. The last, smaller batch of an epoch is used and averaged over what it holds; the release drops it.
@@ -16,50 +16,274 @@ Deviations from the papers and their released code
 
 import argparse
 import contextlib
-import json
+import dataclasses
 import math
-import time
-from collections import defaultdict
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
 import losses
 import pictures
 import toy
-from bases import bunny
-from bases.adapter import SPELLINGS, save_adapter
+from bases.adapter import save_adapter
 from bases.checkpoint import SOURCES, load_base
-from bases.tokenizer import load_tokenizer
-from data import BUNNY, BUNNY_RELEASED, MAX_LENGTH, VICUNA, EpochSampler, PairData, Processor, collate, example_loader
-from engine import packing
-from engine.memory import fit_in_memory, peak_gib
-from engine.reference import DRIFT_ROWS, ReferenceCache, base_digest
-from engine.run_folder import HEADER, line, new_run_folder
+from bases.tokenizer import load_processor
+from data import MAX_LENGTH, EpochSampler, Example, Pair, PairData, collate, example_loader
+from engine.device import autocast_for, choose_device, compile_blocks
+from engine.memory import find_room
+from engine.run_folder import Run, new_folder
 from formats import hub_data
 from formats.problems import find_problems, usable
 from formats.readers import read_pairs
 from lora import add_lora, lora_disabled, lora_modules
+from losses import Logps
+from model import LLaVA
 
-# mDPO 4.1 gives lr, epochs, batch, schedule, warm-up, beta, delta, LoRA; its release adds AdamW's numbers and clipping.
 MDPO = dict(
-    terms="dpo,copo,ancpo", anchors="w", beta=0.1, delta=0.0,  # mDPO 3, 4.1
-    lr=1e-5, epochs=3, batch=32, warmup=0.1,  # mDPO 4.1; linear warm-up from 0, cosine to 0
-    lora_r=64, lora_alpha=128.0,  # mDPO 4.1
-    adam_beta2=0.98, weight_decay=0.05, clip=1.0,  # mDPO release, config.yaml
-)  # fmt: skip
+    terms=("dpo", "copo", "ancpo"),  # mDPO 3
+    anchors=("w",),  # mDPO 3.2
+    beta=0.1,  # mDPO 4.1
+    delta=0.0,  # mDPO 4.1
+    lr=1e-5,  # mDPO 4.1
+    epochs=3,  # mDPO 4.1
+    batch=32,  # mDPO 4.1
+    warmup=0.1,  # mDPO 4.1: linear from 0, then a cosine to 0
+    lora_r=64,  # mDPO 4.1
+    lora_alpha=128.0,  # mDPO 4.1
+    adam_beta2=0.98,  # mDPO release, config.yaml
+    weight_decay=0.05,  # mDPO release, config.yaml
+    clip=1.0,  # mDPO release, config.yaml
+)
+PDS_DPO = dict(
+    terms=("dpo",),  # PDS-DPO 3.4
+    epochs=2,  # PDS-DPO 4.1
+    batch=8,  # PDS-DPO 4.1: 1 x 4 accumulated x 2 GPUs
+    lora_r=128,  # PDS-DPO release, as the rest
+    lora_alpha=256.0,
+    warmup=0.03,
+    weight_decay=0.0,
+    adam_beta2=0.999,
+)
 RECIPES = {
     "mdpo": MDPO,
-    "dpo": MDPO | dict(terms="dpo"),  # mDPO 4.1: only the objective differs
-    "dpo-no-image": MDPO | dict(terms="dpo"),  # mDPO Fig. 1: picture and <image> left out of training prompts
-    "pds-dpo": MDPO | dict(
-        terms="dpo", epochs=2, batch=8,  # PDS-DPO paper: 2 epochs, lr 1e-5, 1 x 4 x 2 GPUs
-        lora_r=128, lora_alpha=256.0, warmup=0.03, weight_decay=0.0, adam_beta2=0.999,  # PDS-DPO release
-    ),
-}  # fmt: skip
+    "dpo": MDPO | dict(terms=("dpo",)),  # mDPO 4.1: only the objective differs
+    "dpo-no-image": MDPO | dict(terms=("dpo",)),  # mDPO Figure 1: picture and <image> left out of training prompts
+    "pds-dpo": MDPO | PDS_DPO,
+}
+
+
+# ---- the loop ------------------------------------------------------------------------------------------------------
+
+
+def train(args: argparse.Namespace) -> Path:
+    """One recipe: mDPO 4.1 as a loop. Returns the run folder."""
+    device = choose_device()
+    model, data = load_base_and_data(args, device)
+    parameters = add_lora(model, args.lora_r, args.lora_alpha, seed=args.seed)
+    path = fast_path(model, args.compile, args.reference) if args.pack else plain_path(model)
+    size = args.tokens_per_batch if args.pack else args.micro_batch
+    room = find_room(path, model, parameters, data, args.batch, size, args.checkpointing)
+    optimizer = make_optimizer(parameters, args.lr, args.adam_beta2, args.weight_decay)
+    steps_per_epoch = math.ceil(len(data) / args.batch)
+    steps = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
+    run = start_run(args, model, data, steps, steps_per_epoch)
+
+    for step, examples in batches(data, args.batch, args.epochs, steps, args.seed, args.workers):
+        # 1. learning rate: linear warm-up, then half a cosine
+        lr = lr_at(step, steps, args.warmup, args.lr)
+        set_lr(optimizer, lr)
+
+        # 2. gradients, micro-batch by micro-batch
+        for micro in room.micro_batches(examples, run.clear):
+            with room:
+                batch = path.make_batch(micro).to(device)
+                with path.autocast:
+                    reference = path.reference(model, batch)  # log pi_ref of the three triples
+                    policy = path.score(model, batch)  # log pi_theta of (m_w, q, y_w), (m_w, q, y_l), (m_l, q, y_w)
+                r = losses.rewards(policy, reference, args.beta)  # r = beta (log pi_theta - log pi_ref)
+                terms = losses.mdpo_terms(r, args.delta, args.terms, args.anchors)
+                loss = sum(terms.values())  # L_DPO + L_CoPO + L_AncPO, (B,)
+                (loss.sum() / len(examples)).backward()  # a mean over the step's examples, not over micro-batches
+                run.add(losses.metrics(policy, r, terms))
+
+        # 3. step
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip)
+        run.stop_if_not_finite(step, grad_norm, examples)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        # 4. log, and save where an epoch ends
+        run.log(step, lr, grad_norm)
+    return run.finish()
+
+
+def batches(
+    data: PairData, batch: int, epochs: int, steps: int, seed: int, workers: int
+) -> Iterator[tuple[int, list[Example]]]:
+    """(step, its examples). Every epoch has its own order; its last batch holds what is left."""
+    sampler = EpochSampler(len(data), epochs, seed)
+    examples = iter(example_loader(data, sampler, workers, batch))
+    steps_per_epoch = math.ceil(len(data) / batch)
+    for step in range(steps):
+        seen = step % steps_per_epoch * batch  # of this epoch
+        yield step, list(islice(examples, min(batch, len(data) - seen)))
+
+
+def lr_at(step: int, steps: int, warmup: float, peak: float) -> float:
+    """Linear from 0 over the warm-up (so the first optimiser step has lr 0), then half a cosine to 0 (mDPO 4.1)."""
+    rising = math.ceil(steps * warmup)
+    if step < rising:
+        return peak * step / rising
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+# ---- how a micro-batch is scored -----------------------------------------------------------------------------------
+
+
+class ScoringPath(NamedTuple):
+    """The plain path or the fast one: the same arguments, the same Logps."""
+
+    split: Callable  # (a step's examples, size) -> micro-batches
+    make_batch: Callable  # examples -> what is scored
+    score: Callable  # (model, batch) -> Logps
+    reference: Callable  # (model, batch) -> Logps with the adapter off
+    autocast: contextlib.AbstractContextManager
+
+
+def live_reference(model, batch, score: Callable) -> Logps:
+    """log pi_ref: the same weights with the adapter off, one more pass."""
+    with torch.no_grad(), lora_disabled(model):
+        return score(model, batch)
+
+
+def plain_path(model) -> ScoringPath:
+    """Three padded forward passes for the policy and three for the reference: what defines the numbers."""
+    return ScoringPath(
+        split=split_by_count,
+        make_batch=partial(collate, config=model.config),
+        score=losses.plain_logps,
+        reference=partial(live_reference, score=losses.plain_logps),
+        autocast=autocast_for(model.lm_head.weight),
+    )
+
+
+def split_by_count(examples: list[Example], size: int) -> list[list[Example]]:
+    """Micro-batches of `size` examples, in order; the last may be smaller."""
+    return [examples[i : i + size] for i in range(0, len(examples), size)]
+
+
+def fast_path(model, compiled: bool, reference: str) -> ScoringPath:
+    """One packed row per micro-batch, log-probs without (T, V) logits, the reference scored once (engine/)."""
+    from engine import packing
+    from engine.reference import CachedReference
+
+    if compiled:
+        compile_blocks(model.language_model.layers)
+    return ScoringPath(
+        split=packing.split_by_tokens,
+        make_batch=packing.pack,
+        score=packing.packed_logps,
+        reference=CachedReference() if reference == "cached" else partial(live_reference, score=packing.packed_logps),
+        autocast=autocast_for(model.lm_head.weight),
+    )
+
+
+# ---- set-up --------------------------------------------------------------------------------------------------------
+
+
+def load_base_and_data(args: argparse.Namespace, device: torch.device) -> tuple[LLaVA, PairData]:
+    """The frozen base, and the pairs as it reads them. A user's mistake ends here, before anything is written."""
+    pairs, problems = read_pairs(args.data, args.image_root)
+    default_dtype = "bfloat16" if device.type == "cuda" else "float32"
+    dtype = getattr(torch, args.dtype or default_dtype)
+    model, folder = load_base(args.base, args.weights, args.vision_weights, dtype, device)
+    processor = load_processor(folder, model.config)
+    if args.bunny_template == "released":
+        processor.template = dataclasses.replace(processor.template, response_blank=False)
+    with_image = args.recipe != "dpo-no-image"
+    strategy = strategy_of(args.rejected_image, args.terms, args.anchors, pairs)
+    if strategy and not with_image:
+        raise SystemExit("dpo-no-image has no pictures: leave copo out of --terms and m_l out of --anchors")
+    problems += find_problems(pairs, processor, with_image, strategy, args.max_length)
+    pairs = usable(pairs, problems, args.data, args.skip_bad, args.cut_long)
+    data = PairData(pairs, processor, strategy, args.seed, args.crop_every_epoch, with_image, args.max_length)
+    return model, data
+
+
+def strategy_of(given: str | None, terms, anchors, pairs: list[Pair]) -> str | None:
+    """How m_l is made: as given, else from the data where all rows bring one, else a crop; None where it is unused."""
+    if not losses.needs_image_rejected(terms, anchors):
+        return None
+    if given:
+        return given
+    brought = sum(pair.image_rejected is not None for pair in pairs)
+    if 0 < brought < len(pairs):
+        print(f"only {brought} of {len(pairs)} rows bring a rejected image; all get a crop instead")
+    return "given" if brought == len(pairs) else "crop"
+
+
+def make_optimizer(parameters: list, lr: float, beta2: float, weight_decay: float) -> torch.optim.AdamW:
+    fused = parameters[0].is_cuda
+    return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, beta2), weight_decay=weight_decay, fused=fused)
+
+
+def start_run(args: argparse.Namespace, model: LLaVA, data: PairData, steps: int, steps_per_epoch: int) -> Run:
+    """The run's folder, with all that decides the run in args.json."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    weight = model.lm_head.weight
+    print(
+        f"{len(data)} pairs; LoRA r {args.lora_r} on {len(lora_modules(model))} linears, {trained:,} of {total:,} "
+        f"parameters; {weight.device} {str(weight.dtype).removeprefix('torch.')}"
+    )
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    settings["rejected_image"] = data.strategy
+    repository = SOURCES.get(args.base, (args.base,))[0]  # what PEFT looks for beside the adapter
+    save = partial(save_adapter, model, base=repository)
+    out = args.out or Path("runs") / f"{Path(args.base).name}-{args.recipe}-{args.seed}"
+    return Run(new_folder(out), settings, steps, steps_per_epoch, save)
+
+
+# ---- flags ---------------------------------------------------------------------------------------------------------
+
+
+def one_of(known: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
+    """A type for argparse: names out of `known`, separated by commas."""
+
+    def names(text: str) -> tuple[str, ...]:
+        given = tuple(text.split(","))
+        if unknown := [name for name in given if name not in known]:
+            raise argparse.ArgumentTypeError(f"unknown {', '.join(unknown)}; choose from {', '.join(known)}")
+        return given
+
+    return names
+
+
+def positive(text: str) -> int:
+    """A type for argparse: a whole number of at least 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number of at least 1")
+    return int(text)
+
+
+def layers(text: str) -> int:
+    """A type for argparse: how many layers; none is 0, full is more than any model has."""
+    words = {"none": 0, "full": ALL_LAYERS}
+    if text not in words and not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text}: none, full or a number of layers")
+    return words[text] if text in words else int(text)
+
+
+ALL_LAYERS = 10**6
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -67,226 +291,71 @@ def parse_args(argv=None) -> argparse.Namespace:
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     yes_no = argparse.BooleanOptionalAction
+    cuda = torch.cuda.is_available()
+
     g = p.add_argument_group("what")
     g.add_argument("--base", required=True, help=f"toy, {', '.join(SOURCES)}, or a checkpoint folder")
-    g.add_argument("--recipe", choices=RECIPES, help="objective and settings of a paper (default mdpo)")
-    g.add_argument("--data", help="preference file, folder or hub data set (docs/data.md); default the recipe's own: "
-                   + ", ".join(hub_data.NAMED))  # fmt: skip
-    g.add_argument("--image-root", type=Path, help="folder the image paths start from (default: the data file's)")
+    g.add_argument("--recipe", choices=RECIPES, default="mdpo", help="objective and settings of a paper")
+    g.add_argument("--data", help=f"preference file, folder or hub data set, such as {', '.join(hub_data.NAMED)}")
+    g.add_argument("--image-root", type=Path, help="folder the image paths start from, if not the data file's")
     g.add_argument("--weights", type=Path, help="folder of the base's checkpoint, instead of the hub's cache")
     g.add_argument("--vision-weights", type=Path, help="CLIP or SigLIP folder, for layouts without the vision tower")
-    g.add_argument("--adapter-keys", choices=SPELLINGS, help="names of the adapter's tensors (default: the base's hub)")
-    g.add_argument("--out", type=Path, help="run folder, must be empty or new (default runs/BASE-RECIPE-SEED)")
-    g = p.add_argument_group("objective (default: the recipe's)")
-    g.add_argument("--terms", help="which of dpo,copo,ancpo")
-    g.add_argument("--anchors", help="what AncPO holds: w (chosen, above delta), l and m_l (below it)")
+    g.add_argument("--out", type=Path, help="run folder, must be empty or new; else runs/BASE-RECIPE-SEED")
+
+    g = p.add_argument_group("objective")
+    g.add_argument("--terms", type=one_of(losses.TERMS), help="which of dpo,copo,ancpo")
+    g.add_argument("--anchors", type=one_of(losses.ANCHORS), help="AncPO holds w above delta, l and m_l below it")
     g.add_argument("--beta", type=float, help="temperature of the rewards")
     g.add_argument("--delta", type=float, help="anchor, outside beta")
-    g.add_argument("--rejected-image", choices=pictures.STRATEGIES,
-                   help="how m_l is made from m_w (default: given where all rows bring one, else crop)")  # fmt: skip
+    g.add_argument("--rejected-image", choices=pictures.STRATEGIES, help="how m_l is made, if not given or a crop")
     g.add_argument("--crop-every-epoch", default=True, action=yes_no, help="draw m_l anew each epoch, else epoch 0's")
-    g = p.add_argument_group("optimisation (default: the recipe's)")
+
+    g = p.add_argument_group("optimisation")
     g.add_argument("--lr", type=float, help="peak learning rate")
-    g.add_argument("--epochs", type=int)
-    g.add_argument("--batch", type=int, help="pairs per optimiser step")
-    g.add_argument("--micro-batch", type=int, default=1, help="pairs per forward")
+    g.add_argument("--epochs", type=positive)
+    g.add_argument("--batch", type=positive, help="pairs per optimiser step")
     g.add_argument("--warmup", type=float, help="share of the steps with rising learning rate")
     g.add_argument("--adam-beta2", type=float)
     g.add_argument("--weight-decay", type=float)
     g.add_argument("--clip", type=float, help="largest gradient norm")
-    g.add_argument("--lora-r", type=int)
+    g.add_argument("--lora-r", type=positive)
     g.add_argument("--lora-alpha", type=float)
-    g.add_argument("--max-steps", type=int, help="stop after this many optimiser steps; the schedule ends there too")
+    g.add_argument("--max-steps", type=positive, help="stop after this many steps; the schedule ends there too")
     g.add_argument("--seed", type=int, default=0, help="order of the data, m_l, LoRA's A")
+
     g = p.add_argument_group("data and machine")
-    g.add_argument("--max-length", type=int, default=MAX_LENGTH, help="longest prompt + response, image tokens counted")
+    g.add_argument("--max-length", type=positive, default=MAX_LENGTH, help="longest prompt + response, in tokens")
     g.add_argument("--cut-long", action="store_true", help="cut the response of a longer example, instead of stopping")
     g.add_argument("--skip-bad", action="store_true", help="leave out rows that cannot be used, instead of stopping")
     g.add_argument("--bunny-template", default="tuned", choices=("tuned", "released"), help="blank before a response")
     g.add_argument("--workers", type=int, default=2, help="processes that prepare pictures")
-    g.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the base (default bfloat16 on CUDA)")
-    g = p.add_argument_group("speed (packing.py, engine/head.py)")
-    g.add_argument(
-        "--pack", default=torch.cuda.is_available(), action=yes_no, help="shared-prefix rows without padding"
-    )
-    g.add_argument("--tokens-per-batch", type=int, default=8192, help="packed tokens per forward, with --pack")
-    g.add_argument("--reference", choices=("live", "cached"), help="reference log-probs (default cached with --pack)")
-    g.add_argument(
-        "--reference-file", type=Path, help="where cached ones are kept between runs (default: the run folder)"
-    )
-    g.add_argument("--compile", action=yes_no, help="torch.compile the decoder block (default on CUDA with --pack)")
-    g.add_argument("--checkpointing", help="recompute activations of none, full or N layers (default: as few as fit)")
+    g.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the base; on CUDA bfloat16")
+    g.add_argument("--micro-batch", type=positive, default=1, help="pairs per forward of the plain path")
+
+    g = p.add_argument_group("speed (engine/)")
+    g.add_argument("--pack", default=cuda, action=yes_no, help="shared-prefix rows without padding")
+    g.add_argument("--tokens-per-batch", type=positive, help="packed tokens per forward; on CUDA as many as fit")
+    g.add_argument("--reference", choices=("live", "cached"), help="reference log-probs; with --pack cached")
+    g.add_argument("--compile", action=yes_no, help="torch.compile the decoder block; on CUDA with --pack")
+    g.add_argument("--checkpointing", type=layers, help="recompute none, full or N layers; on CUDA as few as fit")
+
     # the recipe's settings are defaults: a flag that is given wins
     chosen, _ = p.parse_known_args(argv)
-    p.set_defaults(**RECIPES[chosen.recipe or "mdpo"] | (toy.SETTINGS if chosen.base == "toy" else {}))
+    p.set_defaults(**RECIPES[chosen.recipe] | (toy.SETTINGS if chosen.base == "toy" else {}))
     args = p.parse_args(argv)
-    if wrong := settle(args):
-        p.error(wrong)
+    if args.reference == "cached" and not args.pack:
+        p.error("--reference cached keeps the log-probs of packed rows: add --pack")
+    if args.compile and not cuda:
+        p.error("--compile needs a CUDA device")
+    args.reference = args.reference or ("cached" if args.pack else "live")
+    args.compile = args.pack and cuda if args.compile is None else args.compile
+    if not args.data and args.base != "toy":  # the paper's own run
+        args.data = "pds-dpo" if args.recipe == "pds-dpo" else hub_data.DEFAULT
     return args
 
 
-def settle(args: argparse.Namespace) -> str | None:
-    """Fills in the defaults that depend on other flags; what is wrong with the flags, if anything."""
-    args.recipe = args.recipe or "mdpo"
-    if not args.data and args.base != "toy":  # the paper's own run
-        args.data = "pds-dpo" if args.recipe == "pds-dpo" else hub_data.DEFAULT
-    args.reference = args.reference or ("cached" if args.pack else "live")
-    args.compile = args.pack and torch.cuda.is_available() if args.compile is None else args.compile
-    args.terms, args.anchors = args.terms.split(","), args.anchors.split(",")
-    for flag, known in (("terms", losses.TERMS), ("anchors", losses.ANCHORS)):
-        if unknown := [v for v in getattr(args, flag) if v not in known]:
-            return f"--{flag}: unknown {', '.join(unknown)}; choose from {', '.join(known)}"
-    for flag in ("epochs", "batch", "micro_batch", "lora_r", "tokens_per_batch"):
-        if getattr(args, flag) < 1:
-            return f"--{flag.replace('_', '-')} must be at least 1"
-    if args.reference == "cached" and not args.pack:
-        return "--reference cached keeps the log-probs of packed rows: add --pack"
-    if not (args.checkpointing in (None, "none", "full") or args.checkpointing.isdigit()):
-        return f"--checkpointing {args.checkpointing}: none, full or a number of layers"
-    return None
-
-
-def load_everything(args: argparse.Namespace, device: torch.device):
-    """Model with a fresh adapter, adapter parameters, data set. Data trouble stops here, before anything is written."""
-    dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
-    pairs, problems = read_pairs(args.data, args.image_root)
-    model, folder = load_base(args.base, args.weights, args.vision_weights, dtype, device)
-    template = VICUNA
-    if isinstance(model, bunny.Bunny):
-        template = BUNNY if args.bunny_template == "tuned" else BUNNY_RELEASED
-    processor = Processor(load_tokenizer(folder), model.config, template)
-    with_image = args.recipe != "dpo-no-image"
-    given = sum(pair.image_rejected is not None for pair in pairs)
-    if args.rejected_image is None:
-        args.rejected_image = "given" if given == len(pairs) else "crop"
-        if 0 < given < len(pairs):
-            print(f"{args.data}: only {given} of {len(pairs)} rows bring a rejected image; all get a crop instead")
-    strategy = args.rejected_image if losses.needs_image_rejected(args.terms, args.anchors) else None
-    if strategy and not with_image:
-        raise SystemExit("dpo-no-image has no pictures: leave copo out of --terms and m_l out of --anchors")
-    problems += find_problems(pairs, processor, with_image, strategy, args.max_length)
-    pairs = usable(pairs, problems, args.data, args.skip_bad, args.cut_long)
-    data = PairData(pairs, processor, strategy, args.seed, args.crop_every_epoch, with_image, args.max_length)
-    parameters = add_lora(model, args.lora_r, args.lora_alpha, seed=args.seed)
-    print(f"{len(pairs)} pairs; LoRA r {args.lora_r} on {len(lora_modules(model))} linears, "
-          f"{sum(p.numel() for p in parameters):,} of {sum(p.numel() for p in model.parameters()):,} parameters; "
-          f"{device} {dtype}".replace("torch.", ""))  # fmt: skip
-    return model, parameters, data
-
-
-def plain_or_fast(args: argparse.Namespace, model):
-    """The switch: how a step's examples are split, how a part becomes a batch, how a batch is scored."""
-    if not args.pack:
-        size = args.micro_batch
-        return (lambda examples: [examples[i : i + size] for i in range(0, len(examples), size)],
-                partial(collate, config=model.config), losses.plain_logps)  # fmt: skip
-    if args.compile:
-        for layer in model.language_model.layers:
-            layer.compile(dynamic=True)  # one graph for all layers and token counts
-    return partial(packing.split_by_tokens, budget=args.tokens_per_batch), packing.pack, packing.packed_logps
-
-
-def reference_cache(args: argparse.Namespace, model, data: PairData, out: Path) -> ReferenceCache:
-    template = data.processor.template
-    key = {"base weights": base_digest(model), "template": repr(template),
-           "image preparation": repr(template.image),
-           "rejected image": str(data.strategy), "seed": str(args.seed), "dtype": str(model.lm_head.weight.dtype),
-           "torch": torch.__version__, "kernel": "varlen" if torch.cuda.is_available() else "spans",
-           "compile": str(args.compile), "head": "float32",
-           "cut at": str(args.cut_long and args.max_length), "pictures": str(data.with_image)}  # fmt: skip
-    return ReferenceCache(args.reference_file or out / "reference.json", key, data)
-
-
-@torch.no_grad()
-def live_reference(model, batch, score) -> losses.Logps:
-    """log pi_ref: the same weights with the adapter off, one more pass."""
-    with lora_disabled(model):
-        return score(model, batch)
-
-
-def lr_at(step: int, total: int, warmup: float, peak: float) -> float:
-    """Linear from 0 over the warm-up (so the first optimiser step has lr 0), then half a cosine to 0 (mDPO 4.1)."""
-    rising = math.ceil(total * warmup)
-    if step < rising:
-        return peak * step / rising
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, total - rising)))
-
-
-# ---- the loop ------------------------------------------------------------------------------------------------------
-
-
-def train(args: argparse.Namespace) -> Path:
-    """Trains one recipe and returns its run folder: adapter, args.json, log.jsonl."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, parameters, data = load_everything(args, device)
-    out = new_run_folder(args)
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-    (out / "args.json").write_text(json.dumps(settings, indent=2) + "\n")
-    autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
-    repository = SOURCES.get(args.base, (args.base,))[0]  # what PEFT looks for beside the adapter
-    split, make_batch, score = plain_or_fast(args, model)
-    cache = reference_cache(args, model, data, out) if args.reference == "cached" else None
-    fit_in_memory(args, model, parameters, data, split, make_batch, score, autocast)
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, args.adam_beta2), weight_decay=args.weight_decay)
-
-    sizes = [args.batch] * (len(data) // args.batch) + [len(data) % args.batch] * (len(data) % args.batch > 0)
-    steps = min(len(sizes) * args.epochs, args.max_steps or math.inf)
-    examples = iter(example_loader(data, EpochSampler(len(data), args.epochs, args.seed), args.workers))
-    print(HEADER)
-    with open(out / "log.jsonl", "w") as log, tqdm(total=steps, desc=args.recipe, disable=None) as bar:
-        for step in range(steps):
-            start = time.perf_counter()
-            epoch, size = step // len(sizes), sizes[step % len(sizes)]
-            for group in optimizer.param_groups:
-                group["lr"] = lr_at(step, steps, args.warmup, args.lr)
-            if cache and step == len(sizes):  # from the second epoch on, rows are packed differently
-                with autocast:
-                    cache.check_drift(
-                        model, split([data[(1, i)] for i in range(min(DRIFT_ROWS, len(data)))]), args.beta
-                    )
-            sums = defaultdict(float)
-            for micro in split(list(islice(examples, size))):
-                batch = make_batch(micro).to(device)
-                with autocast:
-                    if cache:
-                        reference = cache.reference(model, batch, micro, epoch)
-                    else:
-                        reference = live_reference(model, batch, score)
-                    policy = score(model, batch)
-                r = losses.rewards(policy, reference, args.beta)
-                terms = losses.mdpo_terms(r, args.delta, args.terms, args.anchors)  # each (B,)
-                loss = sum(terms.values())  # L_mDPO per example, (B,)
-                if not loss.isfinite().all():
-                    raise SystemExit(f"step {step}: loss {loss.tolist()} for examples {[e.pair.id for e in micro]}")
-                (loss.sum() / size).backward()  # a mean over the examples of the step, not over micro-batches
-                sums["loss"] += loss.detach().sum()
-                for key, value in losses.metrics(policy, r, terms).items():
-                    sums[key] += value.sum()
-            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-            row = {"step": step, "epoch": epoch} | {key: float(value) / size for key, value in sums.items()}
-            row |= {"lr": optimizer.param_groups[0]["lr"], "grad_norm": float(grad_norm)}
-            row |= {"pairs_per_s": size / (time.perf_counter() - start), "peak_gib": peak_gib(device)}
-            log.write(json.dumps(row) + "\n")
-            log.flush()
-            bar.update()
-            bar.write(line(row, steps))
-            if (step + 1) % len(sizes) == 0:
-                save_adapter(model, out / f"epoch-{epoch + 1}", repository, args.adapter_keys)
-            if cache and ((step + 1) % len(sizes) == 0 or step + 1 == steps):
-                cache.save()
-    save_adapter(model, out, repository, args.adapter_keys)
-    print(f"{out}: adapter_model.safetensors, adapter_config.json, args.json, log.jsonl")
-    return out
-
-
-def main(argv=None) -> None:
-    args = parse_args(argv)
-    if args.base != "toy":
-        train(args)
-        return
+def train_toy(args: argparse.Namespace) -> None:
+    """One recipe on the toy base, made here if it is not there; ends with the toy's own table and picture."""
     if args.weights:
         raise SystemExit("--weights: the toy base is trained here. For one that is ready, give its folder as --base.")
     torch.set_num_threads(1)  # models this small gain little from a second, and waiting for a shared core costs minutes
@@ -294,6 +363,14 @@ def main(argv=None) -> None:
     own = dict(weights=world / "base", data=args.data or world / "pairs" / "train.jsonl")
     run = train(argparse.Namespace(**vars(args) | own))
     toy.score_rows(world, {args.recipe: run}, run, args.seed)
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    if args.base == "toy":
+        train_toy(args)
+    else:
+        train(args)
 
 
 if __name__ == "__main__":

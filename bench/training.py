@@ -12,14 +12,12 @@ recomputation, padding and prompts scored twice are not useful. `--peer` runs be
 """
 
 import argparse
-import contextlib
 import itertools
 import json
 import subprocess
 import sys
 import time
 from collections import defaultdict
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,14 +26,14 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 import losses
-from data import Example, PairData, Processor, collate
+from data import Example, PairData, Processor
 from engine import packing
+from engine.device import choose_device
 from engine.memory import peak_gib
-from engine.reference import ReferenceCache
 from formats.readers import read_pairs
 from lora import add_lora
 from model import Config, LLaVA, VisionConfig
-from train import live_reference
+from train import fast_path, make_optimizer, plain_path
 
 SHAPES = {
     "mini": Config(VisionConfig(256, 4, 4, 1024), width=512, layers=8, heads=8, kv_heads=8, ffn=1376),
@@ -84,8 +82,8 @@ def useful_flops(e: Example, model: LLaVA, reference: str) -> float:
     def forward(which) -> tuple[float, float]:
         """Frozen FLOPs of one forward of these triples, and of the adapter."""
         frozen = adapted = 0.0
-        for _, responses in packing.groups(e, which):
-            P, answers = len(e.prompt), [len(y) for _, y in responses]
+        for group in packing.groups(e, which):
+            P, answers = len(e.prompt), [len(y) for y in group.responses]
             tokens = P + sum(answers)
             pairs_seen = P * P / 2 + sum(r * P + r * r / 2 for r in answers)  # causal
             frozen += 2 * tokens * linears + 4 * pairs_seen * c.width * c.layers + 2 * sum(answers) * c.vocab * c.width
@@ -127,13 +125,8 @@ class Setting:
         self.model = random_model(SHAPES[args.shape], getattr(torch, args.dtype), device)
         self.parameters = add_lora(self.model, LORA_R, LORA_ALPHA)
         self.model.language_model.checkpointed = recompute
-        if compiled:
-            for layer in self.model.language_model.layers:
-                layer.compile(dynamic=True)
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, weight_decay=0.05, betas=(0.9, 0.98))
-        self.score = packing.packed_logps if pack else losses.plain_logps
-        self.make_batch = packing.pack if pack else partial(collate, config=self.model.config)
-        self.cache = ReferenceCache(None, {}, data) if cached else None
+        self.path = fast_path(self.model, compiled, "cached" if cached else "live") if pack else plain_path(self.model)
+        self.optimizer = make_optimizer(self.parameters, lr=1e-5, beta2=0.98, weight_decay=0.05)
         self.epoch = 0
 
     def split(self, examples: list[Example]) -> list[list[Example]]:
@@ -145,22 +138,18 @@ class Setting:
     def step(self, examples: list[Example], clock: Clock) -> None:
         """One micro-batch as one optimiser step, as the peer does it."""
         clock.mark("before")
-        batch = self.make_batch(examples).to(self.device)
+        batch = self.path.make_batch(examples).to(self.device)
         clock.mark("data")
-        autocast = torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else contextlib.nullcontext()
-        with autocast:
+        with self.path.autocast:
             if clock.on:  # the tower is part of every forward; here once more alone, to know its share
                 self.model.image_features(batch.images)
                 clock.mark("vision")
-            if self.cache:
-                reference = self.cache.reference(self.model, batch, examples, self.epoch)
-            else:
-                reference = live_reference(self.model, batch, self.score)
+            reference = self.path.reference(self.model, batch)
             clock.mark("reference")
-            policy = self.score(self.model, batch)
-        loss = losses.mdpo_loss(
-            policy, reference, BETA, terms=losses.TERMS if self.args.objective == "mdpo" else ("dpo",)
-        ).mean()
+            policy = self.path.score(self.model, batch)
+        r = losses.rewards(policy, reference, BETA)
+        terms = losses.TERMS if self.args.objective == "mdpo" else ("dpo",)
+        loss = sum(losses.mdpo_terms(r, terms=terms).values()).mean()
         clock.mark("forward")
         loss.backward()
         clock.mark("backward")
@@ -183,14 +172,15 @@ def measure(setting: Setting, passes: int) -> dict:
     """A warm-up pass, a pass that scores the reference, the timed passes, one by parts."""
     data, silent, clock = setting.data, Clock(False, setting.device), Clock(True, setting.device)
     setting.one_pass(silent)
-    if setting.cache:
-        setting.cache = ReferenceCache(None, {}, data)
+    if setting.cached:
+        setting.path.reference.text.clear()
+        setting.path.reference.image.clear()
     cold = setting.one_pass(silent)
     seconds = sum(setting.one_pass(silent) for _ in range(passes)) / passes
     peak = peak_gib(setting.device)
     setting.one_pass(clock)
     examples, n = [data[(0, i)] for i in range(len(data))], len(data)
-    flops = sum(useful_flops(e, setting.model, "cached" if setting.cache else "live") for e in examples)
+    flops = sum(useful_flops(e, setting.model, "cached" if setting.cached else "live") for e in examples)
     lengths = [packing.tokens_of(e) for e in examples]
     return {
         "pairs": n, "packed_tokens_per_pair": [min(lengths), sum(lengths) / n, max(lengths)], "peak_gib": peak,
@@ -250,7 +240,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def one_setting(args: argparse.Namespace) -> dict:
     """Measures one row in this process."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device()
     pairs, problems = read_pairs(args.data)
     kept = [r for r in pairs if min(len(r.chosen.split()), len(r.rejected.split())) > 3]
     kept = [max(kept, key=lambda r: len(r.chosen) + len(r.rejected))] if args.longest else kept

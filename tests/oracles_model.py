@@ -306,7 +306,8 @@ def check_run(report: Report, root: Path, objective: str) -> None:
             with torch.no_grad(), lora_disabled(model):
                 reference = score(rows, s["boxes"]["reference"][step][micro])
             policy = score(rows, s["boxes"]["policy"][step][micro])
-            loss = losses.mdpo_loss(policy, reference, s["beta"], s["anchor_delta"], terms).mean() / s["grad_accum"]
+            r = losses.rewards(policy, reference, s["beta"])
+            loss = sum(losses.mdpo_terms(r, s["anchor_delta"], terms).values()).mean() / s["grad_accum"]
             loss.backward()
             total += float(loss.detach())
             for who, logps in (("policy", policy), ("reference", reference)):

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench import training
 from data import PairData, Processor
 from engine import packing
-from engine.reference import ReferenceCache
+from engine.reference import CachedReference
 from formats.readers import read_pairs
 from lora import add_lora
 from model import Config, VisionConfig
@@ -24,15 +24,15 @@ def test_useful_flops_are_those_that_torch_counts_in_a_packed_step(pairs_file, r
     data = PairData(pairs, Processor(training.Words(), TINY), "crop")
     model = training.random_model(TINY, torch.float32, torch.device("cpu"))
     add_lora(model, 16, 32)
-    cache = ReferenceCache(None, {}, data)
+    cached = CachedReference()
     e = data[(1, 2)]
     batch = packing.pack([e])
-    cache.reference(model, packing.pack([data[(0, 2)]]), [data[(0, 2)]], 0)  # both answers known, this m_l not
+    cached(model, packing.pack([data[(0, 2)]]))  # both answers known, this m_l not
     with FlopCounterMode(display=False) as counter:
         if reference == "live":
             live_reference(model, batch, packing.packed_logps)
         else:
-            cache.reference(model, batch, [e], 1)
+            cached(model, batch)
         sum(logps.sum() for logps in packing.packed_logps(model, batch)).backward()
     # the counter leaves CPU attention out, the formula the first layer's missing backward and one tower pass
     assert training.useful_flops(e, model, reference) == pytest.approx(counter.get_total_flops(), rel=0.06)

@@ -13,7 +13,7 @@ from bases.tokenizer import load_tokenizer
 from data import PairData, Processor, collate
 from engine import head, packing
 from engine.packing import Span
-from engine.reference import ReferenceCache, base_digest, row_digest
+from engine.reference import CachedReference
 from formats.readers import read_pairs
 from lora import add_lora, lora_disabled, lora_modules
 
@@ -233,87 +233,6 @@ def test_compiled_block_compiles_at_most_three_times(world, monkeypatch):
     assert 1 <= len(compiled) <= 3, f"{len(compiled)} compilations"
 
 
-# ---- the cached reference ------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def adapter_off(model, batch):
-    with lora_disabled(model):
-        return packing.packed_logps(model, batch)
-
-
-def test_cached_reference_equals_live(world, tmp_path):
-    model, data, _ = world
-    examples = [data[(0, i)] for i in range(4)]
-    batch = packing.pack(examples)
-    live = adapter_off(model, batch)
-    cache = ReferenceCache(tmp_path / "r.json", {"seed": "0"}, data)
-    for _ in range(2):  # scored, then looked up
-        for a, b in zip(cache.reference(model, batch, examples, 0), live, strict=True):
-            assert torch.equal(a, b)
-    # epoch 1 has other crops: texts from the cache, m_l scored in a row of its own
-    examples = [data[(1, i)] for i in range(4)]
-    batch = packing.pack(examples)
-    live = adapter_off(model, batch)
-    for a, b in zip(cache.reference(model, batch, examples, 1), live, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-
-
-def test_cache_scores_each_text_once(world, monkeypatch):
-    model, data, _ = world
-    calls, score = [], packing.packed_logps
-    monkeypatch.setattr("engine.reference.packed_logps", lambda m, b: calls.append(b.which) or score(m, b))
-    cache = ReferenceCache(None, {}, data)
-    for epoch in (0, 1, 1):
-        examples = [data[(epoch, 0)]]
-        cache.reference(model, packing.pack(examples), examples, epoch)
-    assert calls == [losses.Logps._fields, ("image_rejected",)]  # everything, then epoch 1's crop, then nothing
-    data.fresh_every_epoch = False
-    calls.clear()
-    cache = ReferenceCache(None, {}, data)
-    for epoch in (0, 1, 2):
-        examples = [data[(epoch, 0)]]
-        cache.reference(model, packing.pack(examples), examples, epoch)
-    assert calls == [losses.Logps._fields]
-
-
-def test_stale_cache_names_the_field_and_edited_rows_are_scored_anew(world, tmp_path, capsys):
-    model, data, _ = world
-    file = tmp_path / "r.json"
-    cache = ReferenceCache(file, {"base weights": "a", "seed": "0"}, data)
-    examples = [data[(0, 0)]]
-    cache.reference(model, packing.pack(examples), examples, 0)
-    cache.save()
-    again = ReferenceCache(file, {"base weights": "a", "seed": "0"}, data)
-    assert again.text == cache.text and "1 of 5 rows known" in capsys.readouterr().out
-    other = ReferenceCache(file, {"base weights": "b", "seed": "0"}, data)
-    assert not other.text and "another base weights" in capsys.readouterr().out
-    pair = data.pairs[0]
-    assert row_digest(pair) != row_digest(pair.__class__(**vars(pair) | {"chosen": "Else."}))
-
-
-def test_base_digest_sees_one_changed_weight_but_not_the_adapter(world):
-    model, _, parameters = world
-    before = base_digest(model)
-    with torch.no_grad():
-        parameters[0].add_(1.0)
-    assert base_digest(model) == before
-    model.lm_head.weight.data[3, 3] += 1e-3
-    assert base_digest(model) != before
-
-
-def test_drift_check_stops_a_reference_that_does_not_repeat(world, capsys):
-    model, data, _ = world
-    cache = ReferenceCache(None, {}, data)
-    examples = [data[(0, i)] for i in range(5)]
-    cache.reference(model, packing.pack(examples), examples, 0)
-    cache.check_drift(model, [examples[:2], examples[2:]], beta=0.1)
-    assert "mean" in capsys.readouterr().out
-    cache.text = {d: [c + 0.5, r + 0.5] for d, (c, r) in cache.text.items()}  # .05 in reward units
-    with pytest.raises(SystemExit, match="do not repeat"):
-        cache.check_drift(model, [examples], beta=0.1)
-
-
 # ---- bfloat16 ------------------------------------------------------------------------------------------------------
 
 
@@ -351,6 +270,7 @@ def test_first_loss_in_bfloat16_is_ln2_per_term(world, objective, first):
     model.to(torch.bfloat16)
     examples = [data[(0, i)] for i in range(5)]
     batch = packing.pack(examples)
-    reference = ReferenceCache(None, {}, data).reference(model, batch, examples, 0)
-    loss = losses.mdpo_loss(packing.packed_logps(model, batch), reference, terms=objective)
+    reference = CachedReference()(model, batch)
+    r = losses.rewards(packing.packed_logps(model, batch), reference)
+    loss = sum(losses.mdpo_terms(r, terms=objective).values())
     torch.testing.assert_close(loss, torch.full((5,), first), atol=1e-3, rtol=0)

@@ -2,6 +2,9 @@
 
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,8 @@ import losses
 import train
 from bases.checkpoint import load_model
 from data import Batch, Tokens
+from engine.run_folder import line
+from losses import Logps
 
 
 def run(base, data, out, *flags):
@@ -97,8 +102,8 @@ def test_fast_path_follows_the_plain_path_for_20_steps(tiny_base, pairs_file, tm
 def test_training_changes_the_adapter_only(tiny_base, pairs_file, tmp_path, monkeypatch):
     """LoRA is never merged while training, and tower, projector and head stay frozen."""
     kept = []
-    load = train.load_everything
-    monkeypatch.setattr(train, "load_everything", lambda *a: kept.append(load(*a)) or kept[0])
+    load = train.load_base_and_data
+    monkeypatch.setattr(train, "load_base_and_data", lambda *a: kept.append(load(*a)) or kept[0])
     run(tiny_base, pairs_file, tmp_path / "run", "--batch", 5, "--epochs", 3, "--lr", 1e-2)
     trained = {n.replace(".base.", "."): p for n, p in kept[0][0].named_parameters() if "lora_" not in n}
     for name, original in load_model(tiny_base).named_parameters():
@@ -132,7 +137,7 @@ def test_a_rejected_image_in_the_data_is_used(tiny_base, pairs_file, tmp_path):
             row["image_rejected"] = None if i == missing else rows[i - 1]["image"]
         file = pairs_file.parent / "own.json"
         file.write_text(json.dumps(rows))
-        data = train.load_everything(train.parse_args([*args, str(file)]), torch.device("cpu"))[2]
+        _, data = train.load_base_and_data(train.parse_args([*args, str(file)]), torch.device("cpu"))
         assert data.strategy == expected
         if expected == "given":
             assert torch.equal(data[(0, 1)].image_rejected, data[(0, 0)].image)
@@ -150,13 +155,13 @@ def test_recipes_are_the_papers():
     a = train.parse_args(["--base", "llava-1.5-7b"])
     assert (a.lr, a.epochs, a.batch, a.warmup, a.beta, a.delta, a.lora_r, a.lora_alpha) == (
         1e-5, 3, 32, 0.1, 0.1, 0.0, 64, 128.0)  # fmt: skip
-    assert a.terms == ["dpo", "copo", "ancpo"] and a.anchors == ["w"] and a.rejected_image is None
+    assert a.terms == ("dpo", "copo", "ancpo") and a.anchors == ("w",) and a.rejected_image is None
     assert (a.adam_beta2, a.weight_decay, a.clip) == (0.98, 0.05, 1.0)
     p = train.parse_args(["--base", "llava-1.5-7b", "--recipe", "pds-dpo"])
-    assert (p.terms, p.epochs, p.batch, p.lr, p.lora_r, p.lora_alpha) == (["dpo"], 2, 8, 1e-5, 128, 256.0)
+    assert (p.terms, p.epochs, p.batch, p.lr, p.lora_r, p.lora_alpha) == (("dpo",), 2, 8, 1e-5, 128, 256.0)
     assert (p.warmup, p.weight_decay, p.adam_beta2, p.beta) == (0.03, 0.0, 0.999, 0.1)
     given = train.parse_args(["--base", "x", "--recipe", "pds-dpo", "--lr", "3e-5", "--terms", "dpo,ancpo"])
-    assert given.lr == 3e-5 and given.terms == ["dpo", "ancpo"] and given.epochs == 2  # a flag wins over the recipe
+    assert given.lr == 3e-5 and given.terms == ("dpo", "ancpo") and given.epochs == 2  # a flag wins over the recipe
 
 
 def test_unknown_terms_and_flags_that_exclude_each_other_are_named(capsys):
@@ -182,3 +187,39 @@ def test_plain_logps_scores_each_triple_with_its_own_picture_and_answer():
     assert math.isclose(logps.chosen.item(), 2 * math.log(0.9), abs_tol=1e-5)
     assert math.isclose(logps.rejected.item(), 2 * math.log(0.1), abs_tol=1e-5)
     assert math.isclose(logps.image_rejected.item(), 2 * math.log(0.2), abs_tol=1e-5)
+
+
+def test_the_plain_path_needs_no_fast_file(tiny_base, pairs_file, tmp_path):
+    """With packing, head and reference made impossible to import, a plain run trains all the same."""
+    code = f"""
+import sys
+for name in ("engine.packing", "engine.head", "engine.reference"):
+    sys.modules[name] = None
+import train
+train.main(["--base", {str(tiny_base)!r}, "--data", {str(pairs_file)!r}, "--out", {str(tmp_path / "run")!r},
+            "--workers", "0", "--max-steps", "1", "--no-pack"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(train.__file__).parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "2.0794" in done.stdout
+
+
+@pytest.mark.parametrize("margin, shown", [(-0.1234, "-0.1234"), (0.1234, " 0.1234"), (-12.5, "-12.5000")])
+def test_the_line_keeps_the_sign(margin, shown):
+    row = {"step": 3, "loss": 0.5, "losses/dpo": 0.5, "rewards/margins": margin, "rewards/accuracies": 0.5, "lr": 1e-5,
+           "grad_norm": 1.0, "pairs_per_s": 2.0, "peak_gib": 1.0}  # fmt: skip
+    assert f"| {shown} " in line(row, 9)
+
+
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+def test_a_number_that_is_not_finite_stops_before_the_step(tiny_base, pairs_file, tmp_path, monkeypatch, bad):
+    if bad == "loss":
+        score = losses.plain_logps
+        monkeypatch.setattr(
+            losses, "plain_logps", lambda model, batch: Logps(*(x * math.nan for x in score(model, batch)))
+        )
+    else:
+        monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(math.inf))
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_: pytest.fail("the optimizer stepped"))
+    with pytest.raises(SystemExit, match=r"step 0: .*(nan|inf).*p\d"):
+        run(tiny_base, pairs_file, tmp_path / "run", "--batch", 2)
