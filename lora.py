@@ -8,8 +8,7 @@ Deviations from the papers' released code
 1. No LoRA dropout: both releases set 0.05 and their trainer then zeroes every dropout; here it does not exist.
 2. A is drawn from a generator seeded in the call, not from the global state.
 
-Files are PEFT's: adapter_model.safetensors with keys `base_model.model.<path>.lora_A.weight` (no adapter name) and
-adapter_config.json. Three spellings of <path> are in use for one decoder; all are read, one is chosen when writing.
+Adapters on the disk are PEFT's: bases/adapter.py.
 """
 
 import math
@@ -19,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of every decoder layer
+# The linears that are trained: these of every decoder layer (Llama; Bunny's are in bases/architectures.py).
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 class LoRALinear(nn.Module):
@@ -27,7 +27,9 @@ class LoRALinear(nn.Module):
 
     def __init__(self, base: nn.Linear, r: int, scaling: float, generator: torch.Generator):
         super().__init__()
-        self.base, self.scaling, self.enabled = base, scaling, True
+        self.base = base
+        self.scaling = scaling
+        self.enabled = True
         A = torch.empty(r, base.in_features)
         bound = 1 / math.sqrt(base.in_features)  # kaiming_uniform(a = sqrt 5), as nn.Linear and PEFT
         A.uniform_(-bound, bound, generator=generator)
@@ -35,21 +37,30 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=base.weight.device))  # (out, r) float32
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
+        """y = W x + s B A x, or W x alone for the reference."""
+        Wx = self.base(x)  # (..., in) -> (..., out)
         if not self.enabled:
-            return y
+            return Wx
         if not torch.is_autocast_enabled(x.device.type):  # under it A and B are cast instead: x is shared, not copied
             x = x.to(self.lora_A.dtype)
-        low = self.scaling * F.linear(x, self.lora_A)  # (..., in) -> (..., r); scaled here, where it is small
-        return y.add_(F.linear(low, self.lora_B))  # (..., r) -> (..., out); in place: nobody else reads y
+        sAx = self.scaling * F.linear(x, self.lora_A)  # (..., in) -> (..., r); scaled here, where it is small
+        BsAx = F.linear(sAx, self.lora_B)  # (..., r) -> (..., out)
+        return Wx.add_(BsAx)  # in place: nobody else reads Wx
 
 
 def scaling_of(r: int, alpha: float, rslora: bool = False) -> float:
+    """s: alpha / r, or alpha / sqrt(r) for rsLoRA."""
     return alpha / math.sqrt(r) if rslora else alpha / r
 
 
-def add_lora(model: nn.Module, r: int = 64, alpha: float = 128, rslora: bool = False, seed: int = 0,
-             targets: tuple[str, ...] | None = None) -> list[nn.Parameter]:  # fmt: skip
+def add_lora(
+    model: nn.Module,
+    r: int = 64,
+    alpha: float = 128,
+    rslora: bool = False,
+    seed: int = 0,
+    targets: tuple[str, ...] = TARGETS,
+) -> list[nn.Parameter]:
     """Wraps the target linears of every decoder layer, freezes all else, returns the adapter's parameters.
 
     r 64, alpha 128: mDPO 4.1. Not the head, the projector or the vision tower (whose q_proj has the same name).
@@ -57,12 +68,15 @@ def add_lora(model: nn.Module, r: int = 64, alpha: float = 128, rslora: bool = F
     assert not lora_modules(model), "add_lora: the model has a LoRA already"
     generator = torch.Generator().manual_seed(seed)
     model.requires_grad_(False)
-    targets = targets or getattr(model, "lora_targets", TARGETS)
+    scaling = scaling_of(r, alpha, rslora)
+    wrapped = set()
     for layer in model.language_model.layers:
         for parent in list(layer.modules()):
             for name, child in list(parent.named_children()):
                 if name in targets:
-                    setattr(parent, name, LoRALinear(child, r, scaling_of(r, alpha, rslora), generator))
+                    setattr(parent, name, LoRALinear(child, r, scaling, generator))
+                    wrapped.add(name)
+    assert wrapped == set(targets), f"add_lora: the decoder's layers have no {sorted(set(targets) - wrapped)}"
     model.lora_config = {"r": r, "lora_alpha": alpha, "use_rslora": rslora}
     return [p for p in model.parameters() if p.requires_grad]
 
@@ -91,6 +105,7 @@ def merge_lora(model: nn.Module) -> None:
     """W += s B A in float32, then back to W's dtype, and the adapter is gone. For export; training never merges."""
     for name, m in lora_modules(model).items():
         weight = m.base.weight
-        weight.copy_((weight.float() + m.scaling * (m.lora_B.float() @ m.lora_A.float())).to(weight.dtype))
-        parent = model.get_submodule(name.rpartition(".")[0])
-        setattr(parent, name.rpartition(".")[2], m.base)
+        update = m.scaling * (m.lora_B.float() @ m.lora_A.float())  # (out, r) (r, in) -> (out, in)
+        weight.copy_((weight.float() + update).to(weight.dtype))
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, m.base)

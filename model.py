@@ -40,7 +40,10 @@ class VisionConfig:
 
     @property
     def layers_run(self) -> int:
-        return self.layers + 1 + self.feature_layer if self.feature_layer < 0 else self.feature_layer
+        """hidden_states[i] is what i layers leave, i = 0 .. layers; counted from the end, -1 is all of them."""
+        if self.feature_layer >= 0:
+            return self.feature_layer
+        return self.layers + 1 + self.feature_layer
 
 
 @dataclass(frozen=True)
@@ -70,14 +73,45 @@ class Config:
 
 BASES = {
     "llava-1.5-7b": Config(),
-    "llava-1.5-13b": Config(width=5120, layers=40, heads=40, kv_heads=40, ffn=13824),
-    "toy": Config(  # the world of toy.py: 64 px pictures, 16 patches, a vocabulary of words
-        vision=VisionConfig(width=64, layers=4, heads=4, ffn=256, image_size=64, patch=16),
-        vocab=128, width=96, layers=3, heads=4, kv_heads=4, ffn=256, image_id=126, pad_id=127,
+    "llava-1.5-13b": Config(
+        width=5120,
+        layers=40,
+        heads=40,
+        kv_heads=40,
+        ffn=13824,
     ),
-}  # fmt: skip
+    "toy": Config(  # the world of toy.py: 64 px pictures, 16 patches, a vocabulary of words
+        vision=VisionConfig(
+            width=64,
+            layers=4,
+            heads=4,
+            ffn=256,
+            image_size=64,
+            patch=16,
+        ),
+        vocab=128,
+        width=96,
+        layers=3,
+        heads=4,
+        kv_heads=4,
+        ffn=256,
+        image_id=126,
+        pad_id=127,
+    ),
+}
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def split_heads(x: Tensor, head_dim: int) -> Tensor:
+    """(B, T, H*D) -> (B, H, T, D); k and v may have fewer heads than q."""
+    B, T, _ = x.shape
+    return x.view(B, T, -1, head_dim).transpose(1, 2)  # (B, T, H*D) -> (B, T, H, D) -> (B, H, T, D)
+
+
+def join_heads(x: Tensor) -> Tensor:
+    """(B, H, T, D) -> (B, T, H*D)."""
+    return x.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, H, D) -> (B, T, H*D)
 
 
 def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -94,22 +128,34 @@ def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class VisionAttention(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
-        self.heads = heads
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
+        self.head_dim = width // heads
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        B, N, C = x.shape
-        q, k, v = (
-            p(x).view(B, N, self.heads, C // self.heads).transpose(1, 2)  # (B, N, C) -> (B, H, N, D)
-            for p in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        x = F.scaled_dot_product_attention(q, k, v)  # every patch sees every patch
-        return self.out_proj(x.transpose(1, 2).reshape(B, N, C))  # (B, H, N, D) -> (B, N, C)
+        q = split_heads(self.q_proj(x), self.head_dim)  # (B, H, N, D)
+        k = split_heads(self.k_proj(x), self.head_dim)  # (B, H, N, D)
+        v = split_heads(self.v_proj(x), self.head_dim)  # (B, H, N, D)
+        out = F.scaled_dot_product_attention(q, k, v)  # (B, H, N, D); every patch sees every patch
+        return self.out_proj(join_heads(out))  # (B, N, C)
 
 
 def quick_gelu(x: Tensor) -> Tensor:
     """OpenAI CLIP's activation, x * sigma(1.702 x); not the GELU that open_clip's own models use."""
     return x * torch.sigmoid(1.702 * x)
+
+
+class VisionMLP(nn.Module):
+    def __init__(self, width: int, ffn: int, act: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.fc1 = nn.Linear(width, ffn)
+        self.fc2 = nn.Linear(ffn, width)
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
 
 
 class VisionBlock(nn.Module):
@@ -118,12 +164,11 @@ class VisionBlock(nn.Module):
         self.layer_norm1 = nn.LayerNorm(c.width, c.eps)
         self.self_attn = VisionAttention(c.width, c.heads)
         self.layer_norm2 = nn.LayerNorm(c.width, c.eps)
-        self.fc1, self.fc2 = nn.Linear(c.width, c.ffn), nn.Linear(c.ffn, c.width)
-        self.act = act
+        self.mlp = VisionMLP(c.width, c.ffn, act)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.fc2(self.act(self.fc1(self.layer_norm2(x))))
+        return x + self.mlp(self.layer_norm2(x))
 
 
 class VisionTower(nn.Module):
@@ -153,7 +198,8 @@ class VisionTower(nn.Module):
 class RMSNorm(nn.Module):
     def __init__(self, width: int, eps: float):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         h = x.float()  # the mean of squares in float32, whatever the model's dtype
@@ -185,13 +231,12 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(c.heads * c.head_dim, c.width, bias=False)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        B, T, _ = x.shape
-        q, k, v = (
-            p(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, T, H*D) -> (B, H, T, D); k, v have Hkv heads
-            for p in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        out = attend(rotate(q, *rope), rotate(k, *rope), v)  # (B, H, T, D); kv head j serves query heads j*g..j*g+g-1
-        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))  # (B, H, T, D) -> (B, T, C)
+        q = split_heads(self.q_proj(x), self.head_dim)  # (B, H, T, D)
+        k = split_heads(self.k_proj(x), self.head_dim)  # (B, Hkv, T, D); kv head j serves query heads j*g..j*g+g-1
+        v = split_heads(self.v_proj(x), self.head_dim)  # (B, Hkv, T, D)
+        cos, sin = rope
+        out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)  # (B, H, T, D)
+        return self.o_proj(join_heads(out))  # (B, T, C)
 
 
 class MLP(nn.Module):
@@ -219,14 +264,16 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Token embedding, blocks, final norm. `checkpointed` layers are recomputed in the backward pass."""
+    """Token embedding, blocks, final norm. The first `checkpointed` layers are recomputed in the backward pass."""
 
-    def __init__(self, c: Config, block: type[nn.Module] = Block, norm: nn.Module | None = None):
+    def __init__(self, c: Config, block: type[nn.Module] = Block, norm: type[nn.Module] = RMSNorm):
         super().__init__()
         self.embed_tokens = nn.Embedding(c.vocab, c.width)
         self.layers = nn.ModuleList(block(c) for _ in range(c.layers))
-        self.norm = norm or RMSNorm(c.width, c.eps)
-        self.rope_dim, self.rope_theta, self.checkpointed = c.rope_dim, c.rope_theta, 0
+        self.norm = norm(c.width, c.eps)
+        self.rope_dim = c.rope_dim
+        self.rope_theta = c.rope_theta
+        self.checkpointed = 0
 
     def forward(self, x: Tensor, positions: Tensor, attend: Attend | list[Attend]) -> Tensor:
         rope = rope_table(positions, self.rope_dim, self.rope_theta)
@@ -243,32 +290,46 @@ class Decoder(nn.Module):
 
 
 class LLaVA(nn.Module):
-    def __init__(self, config: Config):
+    """Tower, projector, decoder, head. Bunny (bases/bunny.py) is the same with its own tower, block and norm."""
+
+    def __init__(
+        self,
+        config: Config,
+        tower: type[nn.Module] = VisionTower,
+        block: type[nn.Module] = Block,
+        norm: type[nn.Module] = RMSNorm,
+    ):
         super().__init__()
         c = self.config = config
-        self.vision_tower = VisionTower(c.vision)
+        self.vision_tower = tower(c.vision)
         self.mm_projector = nn.Sequential(nn.Linear(c.vision.width, c.width), nn.GELU(), nn.Linear(c.width, c.width))
-        self.language_model = Decoder(c)
+        self.language_model = Decoder(c, block, norm)
         self.lm_head = nn.Linear(c.width, c.vocab, bias=False)
 
     def image_features(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) prepared pictures -> (B, N, C) what the decoder reads. The tower is frozen, no gradient."""
         with torch.no_grad():
-            features = self.vision_tower(images.to(self.mm_projector[0].weight.dtype))
-        return self.mm_projector(features)
+            features = self.vision_tower(images.to(self.mm_projector[0].weight.dtype))  # (B, N, Cv)
+        return self.mm_projector(features)  # (B, N, C)
 
     def embed(self, input_ids: Tensor, features: Tensor | None) -> Tensor:
         """(B, T) ids, and (M, N, C) features written over the placeholders in reading order -> (B, T, C)."""
         is_image = input_ids == self.config.image_id  # (B, T)
         x = self.language_model.embed_tokens(input_ids.masked_fill(is_image, 0))  # (B, T, C); the id may be outside V
-        slots, given = int(is_image.sum()), 0 if features is None else features.shape[0] * features.shape[1]
+        slots = int(is_image.sum())
+        given = 0 if features is None else features.shape[0] * features.shape[1]
         assert slots == given, f"{slots} image placeholders in input_ids, {given} image features"
         if features is None:
             return x
         return x.masked_scatter(is_image[..., None], features.to(x.dtype))  # (B, T, 1) mask over (B, T, C)
 
-    def hidden(self, input_ids: Tensor, images: Tensor | None, positions: Tensor | None = None,
-               attend: Attend | list[Attend] = causal) -> Tensor:  # fmt: skip
+    def hidden(
+        self,
+        input_ids: Tensor,
+        images: Tensor | None,
+        positions: Tensor | None = None,
+        attend: Attend | list[Attend] = causal,
+    ) -> Tensor:
         """Final hidden states (B, T, C), after the last norm, before the head; images None: no tower is run."""
         if positions is None:
             positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]  # (1, T)

@@ -6,7 +6,7 @@ Assembled like LLaVA (model.py) with the same three seams; only the tower and th
 
 Deviations from the released mDPO code
 1. Its trainer tokenizes a response without the blank that Bunny was tuned with ("ASSISTANT:The"). Here it is kept
-   (`TEMPLATE`); `BUNNY_RELEASED` reproduces the release (`train.py --bunny-template released`).
+   (data.BUNNY); `BUNNY_RELEASED` reproduces the release (`train.py --bunny-template released`).
 2. The checkpoint's own vision tensors are used; the release ignores them and loads SigLIP from its own repository.
 """
 
@@ -17,12 +17,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import Attend, Decoder, LLaVA, VisionBlock, VisionConfig, rotate
+from model import Attend, LLaVA, VisionBlock, VisionConfig, join_heads, rotate, split_heads
+
+SO400M = VisionConfig(
+    width=1152,
+    layers=27,
+    heads=16,
+    ffn=4304,
+    image_size=384,
+    patch=14,
+    eps=1e-6,
+)
 
 
 @dataclass(frozen=True)
 class Config:
-    vision: VisionConfig = VisionConfig(1152, 27, 16, 4304, 384, 14, 1e-6)
+    vision: VisionConfig = SO400M
     vocab: int = 50295
     width: int = 2560
     layers: int = 32
@@ -46,24 +56,6 @@ class Config:
         return int(self.rotary_factor * self.head_dim)  # 32 of 80
 
 
-def read_config(c: dict, vision_config, vision: dict | None) -> Config:
-    """A bunny-phi config.json; it holds no vision sizes, those are so400m's unless a SigLIP config is given."""
-    d = Config()
-    v = vision or next((v for k, v in c.items() if "vision_config" in k), {})
-    if c.get("hidden_act", "gelu_new") != "gelu_new" or c.get("qk_layernorm") or c.get("tie_word_embeddings"):
-        raise SystemExit(
-            "config.json: a bunny-phi variant that is not Bunny-v1.0-3B's (hidden_act, qk_layernorm, tying)"
-        )
-    heads = c.get("num_attention_heads", d.heads)
-    return Config(
-        vision_config(v, d.vision), c.get("vocab_size", d.vocab), c.get("hidden_size", d.width),
-        c.get("num_hidden_layers", d.layers), heads, c.get("num_key_value_heads") or heads,
-        c.get("intermediate_size", d.ffn), c.get("layer_norm_eps", d.eps), c.get("rope_theta", d.rope_theta),
-        c.get("partial_rotary_factor", d.rotary_factor), d.image_id, *(c.get(f"{t}_token_id", d.eos_id)
-                                                                       for t in ("pad", "bos", "eos")),
-    )  # fmt: skip
-
-
 class SiglipTower(nn.Module):
     """SigLIP up to its last but one layer, no post_layernorm: (B, 3, S, S) -> (B, N, Cv)."""
 
@@ -85,27 +77,31 @@ class SiglipTower(nn.Module):
 class PhiAttention(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
-        self.head_dim, self.rope_dim = c.head_dim, c.rope_dim
+        self.head_dim = c.head_dim
+        self.rope_dim = c.rope_dim
         self.q_proj = nn.Linear(c.width, c.heads * c.head_dim)
         self.k_proj = nn.Linear(c.width, c.kv_heads * c.head_dim)
         self.v_proj = nn.Linear(c.width, c.kv_heads * c.head_dim)
         self.dense = nn.Linear(c.heads * c.head_dim, c.width)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        B, T, _ = x.shape
-        q, k, v = (
-            p(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, T, H*D) -> (B, H, T, D)
-            for p in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        r = self.rope_dim  # the first r dims turn, the others pass
-        q, k = (torch.cat([rotate(x[..., :r], *rope), x[..., r:]], dim=-1) for x in (q, k))  # (B, H, T, D)
-        return self.dense(attend(q, k, v).transpose(1, 2).reshape(B, T, -1))  # (B, H, T, D) -> (B, T, C)
+        q = self.turn(split_heads(self.q_proj(x), self.head_dim), rope)  # (B, H, T, D)
+        k = self.turn(split_heads(self.k_proj(x), self.head_dim), rope)  # (B, Hkv, T, D)
+        v = split_heads(self.v_proj(x), self.head_dim)  # (B, Hkv, T, D)
+        return self.dense(join_heads(attend(q, k, v)))  # (B, T, C)
+
+    def turn(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """Rotary embedding on the first rope_dim dimensions of a head, the others pass. x (B, H, T, D)."""
+        cos, sin = rope
+        turned = rotate(x[..., : self.rope_dim], cos, sin)
+        return torch.cat([turned, x[..., self.rope_dim :]], dim=-1)  # (B, H, T, D)
 
 
 class PhiMLP(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(c.width, c.ffn), nn.Linear(c.ffn, c.width)
+        self.fc1 = nn.Linear(c.width, c.ffn)
+        self.fc2 = nn.Linear(c.ffn, c.width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
@@ -124,13 +120,7 @@ class PhiBlock(nn.Module):
 
 
 class Bunny(LLaVA):
-    lora_targets = ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2")
-    lora_spelling = "original"  # its code has no other
+    """(B, T) ids and (B, 3, 384, 384) pictures -> logits (B, T, V). The head has no bias, unlike plain Phi-2's."""
 
     def __init__(self, config: Config):
-        nn.Module.__init__(self)
-        c = self.config = config
-        self.vision_tower = SiglipTower(c.vision)
-        self.mm_projector = nn.Sequential(nn.Linear(c.vision.width, c.width), nn.GELU(), nn.Linear(c.width, c.width))
-        self.language_model = Decoder(c, PhiBlock, nn.LayerNorm(c.width, c.eps))
-        self.lm_head = nn.Linear(c.width, c.vocab, bias=False)  # unlike plain Phi-2's
+        super().__init__(config, SiglipTower, PhiBlock, nn.LayerNorm)

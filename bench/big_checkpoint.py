@@ -14,9 +14,8 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, from any folder
-
-from bases.export import HUB, export_name, write_shards
+from bases.export import write_shards
+from bases.layouts import their_name
 from model import BASES, LLaVA
 
 ROOT = Path(__file__).parents[1]
@@ -26,7 +25,7 @@ MEASURE = """
 import json, resource, sys, time
 from pathlib import Path
 import torch
-from weights import load_model
+from bases.checkpoint import load_model
 start = time.perf_counter()
 model = load_model(Path(sys.argv[1]), dtype=getattr(torch, sys.argv[2]), device=sys.argv[3])
 seconds = time.perf_counter() - start
@@ -39,7 +38,7 @@ print(json.dumps(dict(seconds=seconds, size=size, peak=peak)))
 def write(folder: Path) -> None:
     c = BASES[BASE]
     with torch.device("meta"):
-        shapes = {export_name(n, HUB): tuple(p.shape) for n, p in LLaVA(c).named_parameters()}
+        shapes = {their_name(n, "hub"): tuple(p.shape) for n, p in LLaVA(c).named_parameters()}
     vision, run = "vision_tower.vision_model.", c.vision.layers_run
     last = [n for n in shapes if n.startswith(f"{vision}encoder.layers.{run - 1}.")]
     shapes |= {n.replace(f".{run - 1}.", f".{run}."): shapes[n] for n in last}  # in the file, never used

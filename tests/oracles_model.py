@@ -21,16 +21,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torchvision.transforms.v2.functional import resized_crop
 
-import data
 import losses
 import pictures
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, from any folder
-
 from bases.adapter import load_adapter
 from bases.checkpoint import load_base
 from bases.tokenizer import load_tokenizer
-from data import Processor
+from data import BUNNY, BUNNY_RELEASED, Processor
 from generate import generate
 from lora import add_lora, lora_disabled, lora_modules, merge_lora
 
@@ -79,10 +75,9 @@ def vision_states(tower, picture: Tensor) -> list[Tensor]:
 # ---- LLaVA ---------------------------------------------------------------------------------------------------------
 
 
-def pictures(root: Path, names: list[str], spec: pictures.ImageSpec) -> Tensor:
-    return torch.stack(
-        [pictures.prepare(pictures.open_image(root / "images" / n), spec) for n in names]
-    )  # (B, 3, S, S)
+def prepared(root: Path, names: list[str], spec: pictures.ImageSpec) -> Tensor:
+    opened = [pictures.open_image(root / "images" / name) for name in names]
+    return torch.stack([pictures.prepare(image, spec) for image in opened])  # (B, 3, S, S)
 
 
 def check_llava(report: Report, root: Path, name: str, expected, texts: list[dict], vocab_rows: int = 0) -> None:
@@ -91,7 +86,7 @@ def check_llava(report: Report, root: Path, name: str, expected, texts: list[dic
     report.equal(f"{name}: no gradient is left on", any(p.requires_grad for p in model.parameters()), False)
     has_tokenizer = any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model"))
     processor = Processor(load_tokenizer(folder if has_tokenizer else root / "tiny-llava-hf"), model.config)
-    x = pictures(root, [t["image"] for t in texts], processor.template.image)
+    x = prepared(root, [t["image"] for t in texts], processor.template.image)
     main = np.load(root / "expected_llava.npz")
     report.close(f"{name}: pixel_values", x, main["pixel_values"], EXACT)
     ids = {side: torch.tensor(main[f"{side}_input_ids"]) for side in ("chosen", "rejected")}
@@ -187,9 +182,9 @@ def check_bunny(report: Report, root: Path, vision: Path | None) -> None:
     model, folder = load_base(str(root / "tiny-bunny"), vision=vision)
     facts = json.loads((root / "bunny_text.json").read_text())
     expected, texts = np.load(root / "expected_bunny.npz"), facts["pairs"]
-    processors = {"mdpo": Processor(load_tokenizer(folder), model.config, data.TEMPLATE_RELEASED),
-                  "template": Processor(load_tokenizer(folder), model.config, data.TEMPLATE)}  # fmt: skip
-    x = pictures(root, [t["image"] for t in texts], processors["mdpo"].template.image)
+    processors = {"mdpo": Processor(load_tokenizer(folder), model.config, BUNNY_RELEASED),
+                  "template": Processor(load_tokenizer(folder), model.config, BUNNY)}  # fmt: skip
+    x = prepared(root, [t["image"] for t in texts], processors["mdpo"].template.image)
     report.close(f"{label}: pixel_values", x, expected["pixel_values"], EXACT)
     report.close(f"{label}: vision features", model.vision_tower(x), expected["vision_features"], FEATURES)
     report.close(f"{label}: projector", model.image_features(x), expected["projector_out"], FEATURES)

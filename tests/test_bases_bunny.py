@@ -6,7 +6,7 @@ from tiny_models import batch, phi_and_siglip, write_bunny
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
-from bases import bunny
+from bases import bunny, configs
 from bases.checkpoint import load_model
 from data import BUNNY, BUNNY_RELEASED, SYSTEM, Processor
 
@@ -64,7 +64,7 @@ def test_templates():
 
 def test_a_variant_of_phi_is_refused(tmp_path):
     with pytest.raises(SystemExit, match="not Bunny-v1.0-3B's"):
-        bunny.read_config({"model_type": "bunny-phi", "qk_layernorm": True}, None, None)
+        configs.read_bunny(configs.Fields({"model_type": "bunny-phi", "qk_layernorm": True}, "config.json"), None)
 
 
 def test_real_size():

@@ -82,7 +82,8 @@ def test_vision_tower_equals_open_clip():
                 f"{layer}layer_norm1.{k}": getattr(block.ln_1, k),
                 f"{layer}layer_norm2.{k}": getattr(block.ln_2, k),
             }
-            state |= {f"{layer}fc1.{k}": getattr(block.mlp.c_fc, k), f"{layer}fc2.{k}": getattr(block.mlp.c_proj, k)}
+            state |= {f"{layer}mlp.fc1.{k}": getattr(block.mlp.c_fc, k)}
+            state |= {f"{layer}mlp.fc2.{k}": getattr(block.mlp.c_proj, k)}
     ours.load_state_dict(state)
     images = torch.randn(2, 3, 42, 42, generator=g)
     with torch.no_grad():

@@ -18,7 +18,9 @@ from transformers import (
     PhiForCausalLM,
     SiglipVisionConfig,
     SiglipVisionModel,
-)  # fmt: skip
+)
+
+from model import LLaVA
 
 IMAGE_ID, PAD_ID, EOS_ID, PATCHES = 90, 91, 2, 9
 
@@ -152,6 +154,23 @@ LAYOUTS = {
     "transformers 4.52, in memory": lambda model, folder: write_in_memory(model, folder, "vision_model."),
     "original": write_original,
 }
+
+
+def fill(parameters, seed: int = 0) -> None:
+    """An adapter's A and B both non-zero, as after training."""
+    g = torch.Generator().manual_seed(seed)
+    for p in parameters:
+        p.data = torch.randn(p.shape, generator=g) / 4
+
+
+def logits(model) -> Tensor:
+    """Of the batch above, from our model or the library's."""
+    ids, images, _ = batch()
+    images = images.to(next(model.parameters()).dtype)
+    with torch.no_grad():
+        if isinstance(model, LLaVA):
+            return model(ids, images)
+        return model(input_ids=ids, pixel_values=images).logits
 
 
 # ---- Bunny ---------------------------------------------------------------------------------------------------------
