@@ -30,6 +30,7 @@ import losses
 import pictures
 import toy
 from bases.adapter import save_adapter
+from bases.architectures import architecture_of
 from bases.checkpoint import SOURCES, load_base
 from bases.tokenizer import load_processor
 from data import MAX_LENGTH, EpochSampler, Example, Pair, PairData, collate, example_loader
@@ -83,7 +84,8 @@ def train(args: argparse.Namespace) -> Path:
     """One recipe: mDPO 4.1 as a loop. Returns the run folder."""
     device = choose_device()
     model, data = load_base_and_data(args, device)
-    parameters = add_lora(model, args.lora_r, args.lora_alpha, seed=args.seed)
+    targets = architecture_of(model).lora_targets
+    parameters = add_lora(model, args.lora_r, args.lora_alpha, seed=args.seed, targets=targets)
     path = fast_path(model, args.compile, args.reference) if args.pack else plain_path(model)
     size = args.tokens_per_batch if args.pack else args.micro_batch
     room = find_room(path, model, parameters, data, args.batch, size, args.checkpointing)
