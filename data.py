@@ -17,8 +17,9 @@ Deviations from the papers and their releases
 """
 
 import math
+import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,6 +75,8 @@ class Pair:
     rejected: str
     row: int  # 1-based in the file; with the seed and epoch it decides m_l
     image_rejected: Path | bytes | None = None  # m_l, where the data gives one
+    system: str = SYSTEM  # the data's own system text, or the one all bases were tuned with
+    where: str = field(default="", compare=False)  # file:line, for messages
 
 
 class Problem(NamedTuple):
@@ -83,10 +86,16 @@ class Problem(NamedTuple):
     id: str
     reason: str  # a fixed phrase, counted by
     detail: str = ""
+    where: str = ""  # file:line
 
 
 class BadRow(ValueError):
-    """reason, detail of a row that cannot be used."""
+    """BadRow(reason) or BadRow(reason, detail): a row that cannot be used."""
+
+    @property
+    def problem(self) -> tuple[str, str]:
+        """Its reason, a fixed phrase, and its detail."""
+        return self.args[0], self.args[1] if len(self.args) > 1 else ""
 
 
 def bare_question(text: str) -> str:
@@ -116,13 +125,13 @@ class Processor:
         self.tokenizer.encode_special_tokens = True  # each time: a tokenizer sent to a worker process has forgotten it
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
-    def prompt_ids(self, question: str, with_image: bool = True) -> list[int]:
+    def prompt_ids(self, question: str, with_image: bool = True, system: str = SYSTEM) -> list[int]:
         """BOS, system text, the picture's placeholders, question, "ASSISTANT:". Each chunk around <image> is encoded
         on its own, as LLaVA does, so each gets its own dummy blank."""
         bos = [self.config.bos_id] if self.template.bos else []
         if not with_image:
-            return bos + self.encode(f"{SYSTEM} USER: {question} ASSISTANT:")
-        before = self.encode(f"{SYSTEM} USER: ")
+            return bos + self.encode(f"{system} USER: {question} ASSISTANT:")
+        before = self.encode(f"{system} USER: ")
         placeholders = [self.config.image_id] * self.config.vision.patches
         after = self.encode(f"\n{question} ASSISTANT:")
         return bos + before + placeholders + after
@@ -153,9 +162,23 @@ class Example(NamedTuple):
     prompt: Tensor  # (P,) int64, N of them image placeholders
     chosen: Tensor  # (Tw,) response ids and EOS
     rejected: Tensor  # (Tl,)
-    image: Tensor | None  # m_w (3, S, S); None for dpo-no-image
+    image: Tensor | None  # m_w as levels 0-255 (3, S, S); None for dpo-no-image
     image_rejected: Tensor | None  # m_l (3, S, S); None where the objective does not look at it
     draw: int = 0  # the epoch whose m_l this is
+    spec: ImageSpec = ImageSpec()  # how the levels are normalised, once they are on the device
+
+
+class LostPicture(ValueError):
+    """A picture that could be opened when the data was checked, and no longer can."""
+
+
+def open_of(pair: Pair, source: Path | bytes) -> Image.Image:
+    """A picture of a pair, RGB. LostPicture with the row's place and what to do."""
+    try:
+        return pictures.open_image(source)
+    except ValueError as e:
+        name = source if isinstance(source, Path) else "the picture in the row"
+        raise LostPicture(f"{pair.where or f'row {pair.row}'}: id {pair.id}: {name}: {e}; it was there before") from None
 
 
 class PairData(Dataset):
@@ -174,8 +197,6 @@ class PairData(Dataset):
         with_image: bool = True,
         max_length: int | None = None,
     ):
-        if strategy == "random" and len(pairs) < 2:
-            raise SystemExit("--rejected-image random takes another example's picture: at least 2 pairs are needed")
         self.pairs = pairs
         self.processor = processor
         self.strategy = strategy
@@ -192,8 +213,8 @@ class PairData(Dataset):
         example = self.without_pixels(key)
         if not self.with_image:
             return example
-        image = pictures.open_image(example.pair.image)
-        m_w = self.processor.prepare(image)
+        image = open_of(example.pair, example.pair.image)
+        m_w = pictures.levels(image, example.spec)
         m_l = self.image_rejected(index, image, example.draw) if self.strategy else None
         return example._replace(image=m_w, image_rejected=m_l)
 
@@ -201,7 +222,7 @@ class PairData(Dataset):
         """The example with empty tensors for its pictures: all that its length depends on."""
         epoch, index = key
         pair = self.pairs[index]
-        prompt = self.processor.prompt_ids(pair.prompt, self.with_image)
+        prompt = self.processor.prompt_ids(pair.prompt, self.with_image, pair.system)
         room = None
         if self.max_length is not None:
             room = self.max_length - len(prompt)
@@ -214,6 +235,7 @@ class PairData(Dataset):
             image=torch.empty(0) if self.with_image else None,
             image_rejected=torch.empty(0) if self.strategy else None,
             draw=epoch if self.fresh_every_epoch else 0,
+            spec=self.processor.template.image,
         )
 
     def image_rejected(self, index: int, image: Image.Image, draw: int) -> Tensor:
@@ -222,10 +244,10 @@ class PairData(Dataset):
         rng = np.random.default_rng((self.seed, pair.row, draw))
         other = None
         if self.strategy == "given":
-            other = pictures.open_image(pair.image_rejected)
+            other = open_of(pair, pair.image_rejected)
         elif self.strategy == "random":
             neighbour = (index + rng.integers(1, len(self.pairs))) % len(self.pairs)  # never itself
-            other = pictures.open_image(self.pairs[neighbour].image)
+            other = open_of(self.pairs[neighbour], self.pairs[neighbour].image)
         return pictures.rejected_image(self.strategy, image, rng, self.processor.template.image, other)
 
 
@@ -248,15 +270,24 @@ class Batch(NamedTuple):
     rejected: Tokens
     images: Tensor | None  # m_w (B, 3, S, S)
     image_rejected: Tensor | None  # m_l (B, 3, S, S)
+    spec: ImageSpec | None = None  # of pictures that are still levels 0-255
 
     def to(self, device: torch.device) -> "Batch":
-        images = self.images
-        if images is not None:
-            images = images.to(device, non_blocking=True)
-        image_rejected = self.image_rejected
-        if image_rejected is not None:
-            image_rejected = image_rejected.to(device, non_blocking=True)
-        return Batch(self.chosen.to(device), self.rejected.to(device), images, image_rejected)
+        """The batch on a device, its pictures normalised there."""
+        return Batch(
+            chosen=self.chosen.to(device),
+            rejected=self.rejected.to(device),
+            images=normalised(self.images, self.spec, device),
+            image_rejected=normalised(self.image_rejected, self.spec, device),
+        )
+
+
+def normalised(images: Tensor | None, spec: ImageSpec | None, device: torch.device) -> Tensor | None:
+    """Levels 0-255 (B, 3, S, S) -> what the vision tower reads, on the device; without a spec they are that already."""
+    if images is None:
+        return None
+    images = images.to(device, non_blocking=True)
+    return images if spec is None else pictures.normalise(images, spec)  # (B, 3, S, S)
 
 
 def pad_rows(prompts: list[Tensor], responses: list[Tensor], pad_id: int) -> Tokens:
@@ -286,6 +317,7 @@ def collate(examples: list[Example], config: Config) -> Batch:
         rejected=pad_rows(prompts, [e.rejected for e in examples], config.pad_id),
         images=stack([e.image for e in examples]),
         image_rejected=stack([e.image_rejected for e in examples]),
+        spec=examples[0].spec,
     )
     expected = 0 if batch.images is None else config.vision.patches
     for side in (batch.chosen, batch.rejected):
@@ -315,13 +347,51 @@ class EpochSampler(Sampler):
         return self.n * self.epochs - self.start
 
 
-def example_loader(data: PairData, sampler: Sampler, workers: int, batch: int = 8) -> DataLoader:
-    """Examples one by one in the sampler's order, prepared by worker processes at least one step of `batch` ahead."""
-    return DataLoader(
+def example_loader(data: PairData, sampler: Sampler, workers: int, batch: int = 8) -> Iterator[Example]:
+    """Examples one by one in the sampler's order, prepared by worker processes at least one step of `batch` ahead.
+
+    SystemExit if a picture can no longer be opened.
+    """
+    workers, prefetch = fit_shared_memory(data, workers, max(8, math.ceil(batch / max(1, workers))))
+    loader = DataLoader(
         data,
         batch_size=None,
         sampler=sampler,
         num_workers=workers,
-        prefetch_factor=max(8, math.ceil(batch / workers)) if workers else None,
+        prefetch_factor=prefetch,
         pin_memory=torch.cuda.is_available(),
     )
+    try:
+        yield from loader
+    except LostPicture as e:
+        raise SystemExit(str(e).strip().splitlines()[-1]) from None  # a worker's error arrives with its traceback
+
+
+def fit_shared_memory(data: PairData, workers: int, prefetch: int) -> tuple[int, int | None]:
+    """(workers, examples that each prepares ahead), fewer if /dev/shm could not hold them: then workers hang.
+
+    Examples go from worker to trainer through that folder, 64 MB in a container of Docker's default.
+    """
+    if workers == 0:
+        return 0, None
+    size = data.processor.template.image.size
+    pictures_of_one = 1 + (4 if data.strategy == "crop-released" else 1)  # in float32 after a bilinear crop
+    example = pictures_of_one * 3 * size**2 + 100_000  # bytes; the rest are token ids and pages begun
+    fitting = int(SHARE_OF_SHM * shared_memory() / example)  # examples under way at once
+    if fitting >= workers * (prefetch + 1):
+        return workers, prefetch
+    fewer = min(workers, fitting // 2)  # each has one in work and one waiting, at the least
+    if fewer == 0:
+        print(f"/dev/shm has too little room for worker processes: {WITHOUT_WORKERS}")
+        return 0, None
+    ahead = min(prefetch, fitting // fewer - 1)
+    print(f"/dev/shm has room for {fitting} examples: {fewer} of {workers} workers, {ahead} ahead each (docker --shm-size)")
+    return fewer, ahead
+
+
+def shared_memory() -> float:
+    """Free bytes of /dev/shm, infinitely many where there is none."""
+    try:
+        return shutil.disk_usage("/dev/shm").free
+    except OSError:
+        return math.inf

@@ -1,8 +1,8 @@
 """Pictures: opening them, preparing them for a vision tower, and m_l, the rejected image (mDPO 3.1, Table 3).
 
     open_image       a file or bytes -> an RGB picture, or ValueError with the reason
-    prepare          a picture -> what the vision tower reads
-    rejected_image   a picture and a strategy -> m_l, prepared; the crop's range stands in CROPS
+    prepare          a picture -> what the vision tower reads: `levels` 0-255, then `normalise`
+    rejected_image   a picture and a strategy -> the levels of m_l; the crop's range stands in CROPS
 
 The random generator is an argument, seeded by the data set from (seed, row, epoch): policy and reference see the same
 m_l, and neither worker count nor batch size changes it.
@@ -16,8 +16,11 @@ Deviations from the mDPO paper and release
 4. region-noise, same and given are not in the paper; see docs/log.md for where they come from.
 """
 
+import argparse
 import io
 import math
+import re
+import stat
 import struct
 import zlib
 from dataclasses import dataclass
@@ -29,9 +32,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-MAX_PIXELS = 200_000_000  # above this a file is refused as a decompression bomb
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # no others: Pillow hands PostScript to Ghostscript, for one
+MAX_PIXELS = 178_956_970  # above this a file is refused as a decompression bomb, as Pillow does by itself
 MAX_SIDE = 8192  # above this a picture is shrunk before it is padded to a square
-Image.MAX_IMAGE_PIXELS = None  # our own limit stands in open_image, as an error with the file's name
+Image.MAX_IMAGE_PIXELS = None  # the limit stands in open_image, as an error like all others
 Rng = np.random.Generator
 
 
@@ -47,7 +51,9 @@ def open_image(source: Path | bytes) -> Image.Image:
     16-bit greys are scaled to 8 bits and 32-bit greys refused: plain PIL conversion would clip both to white.
     """
     try:
-        with Image.open(readable(source)) as image:
+        if isinstance(source, Path) and not stat.S_ISREG(source.stat().st_mode):
+            raise ValueError("not a picture file: a folder, pipe or device")  # a pipe would be waited for
+        with Image.open(readable(source), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS:,}")
             if image.mode in ("I", "F"):
@@ -121,12 +127,17 @@ def normalise(x: Tensor, spec: ImageSpec) -> Tensor:
     return (x / 255 - mean) / std  # (..., 3, S, S)
 
 
-def prepare(image: Image.Image, spec: ImageSpec) -> Tensor:
-    """RGB picture -> (3, S, S) float32, normalised; bit-equal to LLaVA's and Bunny's own preparation."""
+def levels(image: Image.Image, spec: ImageSpec) -> Tensor:
+    """RGB picture -> (3, S, S) uint8: what worker processes hand over, a quarter of `prepare`'s float32."""
     if max(image.size) > MAX_SIDE:  # 30,000x10: its square canvas would take 2.7 GB
         image = ImageOps.contain(image, (MAX_SIDE, MAX_SIDE), Image.Resampling.BICUBIC)
-    levels = torch.from_numpy(np.array(square(image, spec)))  # (S, S, 3) uint8
-    return normalise(levels.permute(2, 0, 1), spec).contiguous()  # (3, S, S)
+    x = torch.from_numpy(np.array(square(image, spec)))  # (S, S, 3)
+    return x.permute(2, 0, 1).contiguous()  # (3, S, S)
+
+
+def prepare(image: Image.Image, spec: ImageSpec) -> Tensor:
+    """RGB picture -> (3, S, S) float32, normalised; bit-equal to LLaVA's and Bunny's own preparation."""
+    return normalise(levels(image, spec), spec)
 
 
 # ---- m_l: the rejected image ---------------------------------------------------------------------------------------
@@ -144,18 +155,43 @@ STRATEGIES = (
     "same",  # m_l = m_w, the null of CoPO
     "given",  # the data's own m_l
 )
+STRATEGY_HELP = (
+    f"how m_l is made from m_w: {', '.join(STRATEGIES)}, or crop:LOW-HIGH, shares of the area such as crop:0.2-0.5 "
+    "(default: given where all rows bring one, else crop)"
+)
 FROM_ELSEWHERE = ("random", "given")  # m_l is not made from m_w: the data set brings it as `other`
+
+
+def strategy(text: str) -> str:
+    """A type for argparse: one of STRATEGIES, or crop:LOW-HIGH with 0 < LOW <= HIGH <= 1."""
+    if text not in STRATEGIES and crop_range(text) is None:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: choose from {', '.join(STRATEGIES)}, or crop:LOW-HIGH, shares of the area in 0-1"
+        )
+    return text
+
+
+def crop_range(strategy: str) -> tuple[float, float] | None:
+    """The shares of the area that a crop keeps, least and most; None if the strategy is no crop of the picture."""
+    if strategy in CROPS:
+        return CROPS[strategy]
+    written = re.fullmatch(r"crop:(\d*\.?\d+)-(\d*\.?\d+)", strategy)
+    if written is None:
+        return None
+    low, high = float(written[1]), float(written[2])
+    return (low, high) if 0 < low <= high <= 1 else None
 
 
 def rejected_image(
     strategy: str, image: Image.Image, rng: Rng, spec: ImageSpec, other: Image.Image | None = None
 ) -> Tensor:
-    """m_l (3, S, S), prepared, of the original RGB picture `image` (m_w), by one of STRATEGIES (mDPO 3.1, Table 3)."""
-    assert strategy in STRATEGIES, f"{strategy!r} is none of {STRATEGIES}"
+    """m_l as levels (3, S, S) of the original RGB picture `image` (m_w), by a strategy (mDPO 3.1, Table 3)."""
+    kept = crop_range(strategy)
+    assert kept or strategy in STRATEGIES, f"{strategy!r} is none of {STRATEGIES}"
     if strategy == "crop-released":
-        return crop_released(prepare(image, spec), rng)
-    if strategy in CROPS:
-        low, high = CROPS[strategy]
+        return crop_released(levels(image, spec), rng)
+    if kept:
+        low, high = kept
         image = crop(image, rng, low, high)
     elif strategy == "moco":
         image = moco(image, rng)
@@ -163,7 +199,7 @@ def rejected_image(
         image = region_noise(image, rng)
     elif strategy in FROM_ELSEWHERE:
         image = other
-    return prepare(image, spec)
+    return levels(image, spec)
 
 
 def crop_box(w: int, h: int, rng: Rng, low: float, high: float) -> tuple[int, int, int, int]:
@@ -227,10 +263,13 @@ def region_noise(image: Image.Image, rng: Rng) -> Image.Image:
 
 
 def crop_released(x: Tensor, rng: Rng) -> Tensor:
-    """The release: RandomResizedCrop(scale (.01, .2), ratio (3/4, 4/3), bilinear) of the prepared (3, S, S) tensor."""
+    """The release: RandomResizedCrop(scale (.01, .2), ratio (3/4, 4/3), bilinear) of the square (3, S, S) tensor.
+
+    Of the levels, in float32: the weights of a bilinear mean sum to 1, so normalising before or after is the same.
+    """
     size = x.shape[-1]
     left, top, w, h = crop_box(size, size, rng, low=0.01, high=0.2)
-    return resized_crop(x, top, left, h, w)
+    return resized_crop(x.float(), top, left, h, w)  # (3, S, S) float32
 
 
 def resized_crop(x: Tensor, top: int, left: int, h: int, w: int) -> Tensor:

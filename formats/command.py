@@ -1,24 +1,64 @@
-"""What the commands that look at data share: their first flags, and what of a base they need."""
+"""What the commands that look at data share: their flags, what of a base they need, and the rows as train.py sees them."""
 
 import argparse
+import io
+import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pictures
 from bases import checkpoint
 from bases.tokenizer import load_processor
-from data import Processor
+from data import MAX_LENGTH, Processor
 from formats import hub_data
+from formats.problems import Demands, Examined, examine
+from formats.readers import read_pairs
+
+
+class Looks(NamedTuple):
+    """What a recipe of train.py looks at."""
+
+    with_image: bool
+    m_l: bool
+
+
+RECIPES = {  # tested equal to train.RECIPES
+    "mdpo": Looks(with_image=True, m_l=True),
+    "dpo": Looks(with_image=True, m_l=False),
+    "dpo-no-image": Looks(with_image=False, m_l=False),
+    "pds-dpo": Looks(with_image=True, m_l=False),
+}
 
 
 def data_parser(description: str, base_required: bool) -> argparse.ArgumentParser:
-    """DATA, --base, --image-root and --rejected-image, as train.py has them."""
+    """DATA and the flags that decide which of its rows can be used, as train.py has them."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a console that has not every letter gets its number
     p = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("data", help=f"preference file, folder, or hub data set ({', '.join(hub_data.NAMED)}, owner/name)")
     bases = ", ".join(checkpoint.SOURCES)
     p.add_argument("--base", required=base_required, help=f"{bases}, or a checkpoint folder; no weights are loaded")
     p.add_argument("--image-root", type=Path, help="folder the image paths start from (default: the data file's)")
-    p.add_argument("--rejected-image", default="crop", choices=pictures.STRATEGIES, help="how m_l is made from m_w")
+    p.add_argument("--recipe", choices=RECIPES, default="mdpo", help="decides whether pictures and m_l are looked at")
+    p.add_argument("--rejected-image", type=pictures.strategy, metavar="STRATEGY", help=pictures.STRATEGY_HELP)
+    p.add_argument("--max-length", type=int, default=MAX_LENGTH, help="prompt + response, image tokens counted")
+    p.add_argument("--cut-long", action="store_true", help="a response that is too long is no problem: it is cut")
     return p
+
+
+def read_and_examine(args: argparse.Namespace) -> tuple[Examined, Processor | None]:
+    """The rows of args.data and their problems, by the flags of data_parser."""
+    processor = load_small_processor(args.base) if args.base else None
+    looks = RECIPES[args.recipe]
+    demands = Demands(
+        rejected_image=args.rejected_image,
+        needs_m_l=looks.m_l,
+        with_image=looks.with_image,
+        max_length=args.max_length,
+        cut_long=args.cut_long,
+    )
+    pairs, problems = read_pairs(args.data, args.image_root)
+    return examine(args.data, pairs, problems, processor, demands), processor
 
 
 def load_small_processor(base: str) -> Processor:

@@ -1,40 +1,165 @@
-"""Preference data as people have it -> Pair rows: one function of a few lines per format, recognised by its columns.
+"""Preference data as people have it -> Pair rows: read, placed, and everything that is not used named.
 
-A row that cannot be used becomes a Problem with file, row and id; a row that makes no pair by its format's own rule (a
+    rows.py      files -> rows with their place (file:line)
+    layouts.py   a row as stored -> its fields, one function per format
+    here         pictures and texts checked, a Pair or a Problem for every row
+
+A row that cannot be used becomes a Problem with file, line and id; a row that makes no pair by its format's own rule (a
 tie of ratings) is left out, counted and printed. Nothing is dropped without one of the two. To read a format that is
 not here, write it as jsonl rows {id, image, prompt, chosen, rejected}; docs/data.md has examples.
 """
 
 import base64
 import binascii
-import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
-from itertools import chain
-from operator import itemgetter
 from pathlib import Path
 
-from data import BadRow, Pair, Problem, bare_question
+from tqdm import tqdm
+
+from data import SYSTEM, BadRow, Pair, Problem, bare_question
 from external import files
+from external.terminal import LONGEST, printable
 from formats import hub_data
+from formats.layouts import EVERYWHERE, NOT_FITTING, REJECTED_IMAGE, Fields, Layout, NoPair, detect
+from formats.rows import Row, read_rows
 
 
-class NoPair(Exception):
-    """Why a row makes no pair although nothing is wrong with it."""
+class Stored:
+    """Rows as they are read: fields of the good ones, problems of the others, and what is worth a line."""
+
+    def __init__(self):
+        self.fields: list[tuple[Row, str, Fields, str | bytes | None]] = []  # row, id, fields, rejected image
+        self.problems: list[Problem] = []
+        self.left_out: Counter[str] = Counter()  # reason -> rows that make no pair
+        self.keys_twice: Counter[str] = Counter()
+        self.columns: set[str] = set()
+        self.ids: Counter[str] = Counter()
+        self.total = 0
 
 
-def one_turn(turn) -> str:
-    """Text, a message, or a chat of one message, whose content is text or a list of parts -> its text."""
-    if isinstance(turn, str):
-        return turn
-    messages = [turn] if isinstance(turn, dict) else turn
-    if len(messages) != 1:
-        raise BadRow("not one question and one answer", f"{len(messages)} messages in one column")
-    content = messages[0]["content" if "content" in messages[0] else "value"]
-    if isinstance(content, str):
-        return content
-    return "\n".join(part["text"] for part in content if part["type"] == "text")
+def read_pairs(data: Path | str, image_root: Path | None = None) -> tuple[list[Pair], list[Problem]]:
+    """Every row of a file, a folder or a hub data set (hub_data.py) as a Pair or a Problem. SystemExit if the data or
+    its columns are not known. Pictures lie in image_root, else in the file's folder or in what was downloaded."""
+    name = str(data)
+    from_hub = hub_data.is_name(name)
+    if from_hub:
+        source = hub_data.fetch(name, with_pictures=image_root is None)
+    else:
+        source = Path(data)
+    stored = Stored()
+    layout = None
+    for row in tqdm(read_rows(source, name, stored.keys_twice), "rows", disable=None):
+        if layout is None and row.columns is not None:
+            layout = detect(row.columns, name)
+        read_one(row, layout, stored)
+    if layout is None:
+        first = stored.problems[0]
+        raise SystemExit(f"{first.where}: {first.reason}: {first.detail}\n{name}: no row can be read")
+
+    folder = source if source.is_dir() else source.parent
+    root = Path(image_root or folder).resolve()
+    joined = None
+    paths = {image for _, _, fields, m_l in stored.fields for image in (fields.image, m_l) if isinstance(image, str)}
+    if from_hub and paths:
+        joined = hub_data.join(name, folder, paths, image_root)
+    pairs = place_all(stored, root, joined)
+    report(name, layout, stored, pairs)
+    return pairs, stored.problems
+
+
+def read_one(row: Row, layout: Layout, stored: Stored) -> None:
+    """One row's fields, or its problem, into `stored`."""
+    stored.total += 1
+    row_id = str(row.number)
+    if row.columns is not None:
+        stored.columns |= row.columns.keys()
+        given = [row.columns[key] for key in ("id", "idx") if row.columns.get(key) is not None]
+        if given:
+            row_id = str(given[0])
+            stored.ids[row_id] += 1
+    try:
+        if row.columns is None:
+            raise BadRow("broken row", row.detail)
+        fields = read_fields(row.columns, layout)
+        m_l = rejected_image(row.columns)
+        stored.fields.append((row, row_id, fields, m_l))
+    except BadRow as e:
+        stored.problems.append(problem_of(row, row_id, e))
+    except NoPair as e:
+        stored.left_out[str(e)] += 1
+
+
+def problem_of(row: Row, row_id: str, error: BadRow) -> Problem:
+    reason, detail = error.problem
+    return Problem(row.number, row_id, reason, printable(detail, LONGEST), row.where)
+
+
+def place_all(stored: Stored, root: Path, joined: dict[str, Path] | None) -> list[Pair]:
+    """Pairs of all fields whose pictures can be placed; the others become problems or are left out."""
+    pairs = []
+    for row, row_id, fields, m_l in stored.fields:
+        try:
+            pair = Pair(
+                id=row_id,
+                image=place(fields.image, root, joined),
+                prompt=fields.prompt,
+                chosen=fields.chosen,
+                rejected=fields.rejected,
+                row=row.number,
+                image_rejected=place(m_l, root, joined),
+                system=fields.system or SYSTEM,
+                where=row.where,
+            )
+            pairs.append(pair)
+        except BadRow as e:
+            stored.problems.append(problem_of(row, row_id, e))
+        except NoPair as e:
+            stored.left_out[str(e)] += 1
+    return pairs
+
+
+def report(name: str, layout: Layout, stored: Stored, pairs: list[Pair]) -> None:
+    """What was read, and whatever of it is not used."""
+    reasons = "".join(f"; left out: {n:,} with {reason}" for reason, n in stored.left_out.most_common())
+    print(f"{name}: {stored.total:,} rows, format {layout.name}, {len(pairs):,} pairs{reasons}")
+    unused = sorted(stored.columns - layout.needed - layout.optional - EVERYWHERE)
+    if unused:
+        print(f"{name}: columns not used: {printable(', '.join(unused), LONGEST)}")
+    own_system = sum(pair.system != SYSTEM for pair in pairs)
+    if own_system:
+        print(f"{name}: {own_system:,} rows bring a system text; it stands in the prompt instead of the base's own")
+    own_image = sum(pair.image_rejected is not None for pair in pairs)
+    if own_image:
+        print(f"{name}: {own_image:,} of {len(pairs):,} pairs bring a rejected image")
+    twice = [row_id for row_id, n in stored.ids.items() if n > 1]
+    if twice:
+        print(f"{name}: note: {len(twice):,} ids stand more than once, for example {printable(twice[0], LONGEST)}")
+    for key, n in stored.keys_twice.most_common(3):
+        print(f"{name}: note: key {printable(key, LONGEST)!r} stands twice in {n:,} objects; the last one counts")
+
+
+# ---- texts ---------------------------------------------------------------------------------------------------------
+
+
+def read_fields(columns: dict, layout: Layout) -> Fields:
+    """A row's fields, checked: texts are texts, the question is bare, the picture is a path or bytes."""
+    try:
+        fields = layout.read(columns)
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
+        if isinstance(e, BadRow):
+            raise
+        raise BadRow(NOT_FITTING, f"{type(e).__name__}: {e}") from None
+    system = checked_text(columns.get("system") or "", "system").strip()
+    if system and fields.system and system != fields.system:
+        raise BadRow("several system texts in one row")
+    return Fields(
+        image=stored_image(fields.image),
+        prompt=bare_question(checked_text(fields.prompt, "prompt")),
+        chosen=checked_text(fields.chosen, "chosen").strip(),
+        rejected=checked_text(fields.rejected, "rejected").strip(),
+        system=checked_text(fields.system or system, "system").strip(),
+    )
 
 
 def checked_text(text, name: str) -> str:
@@ -45,80 +170,18 @@ def checked_text(text, name: str) -> str:
     return text
 
 
-# ---- one function per format: a row as stored -> (image, question, chosen, rejected[, rejected image]) -------------
-
-
-def conversations(row: dict) -> tuple:
-    chosen, rejected = ([turn["value"] for turn in row[key]] for key in ("conversations", "rejected_conversations"))
-    if [len(chosen), len(rejected)] != [2, 2]:
-        raise BadRow("not one question and one answer", f"{len(chosen)} and {len(rejected)} turns")
-    if chosen[0] != rejected[0]:
-        raise BadRow("chosen and rejected answer different questions")
-    return row["image"], chosen[0], chosen[1], rejected[1]
-
-
-def rlhf_v(row: dict) -> tuple:
-    text = json.loads(row["text"])
-    return row["image"], text["question"], text["chosen"], text["rejected"]
-
-
-def llamafactory(row: dict) -> tuple:
-    return row["images"], one_turn(row["conversations"]), one_turn(row["chosen"]), one_turn(row["rejected"])
-
-
-def vlfeedback(row: dict) -> tuple:
-    """The response with the best mean rating against the one with the worst, the first of equals."""
-    responses = row["completions"]
-    if isinstance(responses, dict):  # parquet: a column of lists; jsonl: a list of rows
-        responses = [dict(zip(responses, r, strict=True)) for r in zip(*responses.values(), strict=True)]
-    rated = []
-    for response in responses:
-        ratings = [aspect["Rating"] for aspect in response["annotations"].values()]
-        if ratings and all(re.fullmatch(r"\d+(\.\d+)?", str(r)) for r in ratings):  # some are "N/A"
-            rated.append((sum(map(float, ratings)) / len(ratings), response["response"]))
-    if len(rated) < 2:
-        raise NoPair("fewer than two rated responses")
-    best, worst = max(rated, key=lambda r: r[0]), min(rated, key=lambda r: r[0])
-    if best[0] == worst[0]:
-        raise NoPair("all ratings equal")
-    return row["img_path"], row["prompt"], best[1], worst[1]
-
-
-def plain(row: dict) -> tuple:
-    """TRL's columns too: `image` or `images`, texts or chats."""
-    image = row["images"] if "images" in row else row["image"]
-    return image, *(one_turn(row[key]) for key in ("prompt", "chosen", "rejected")), row.get("image_rejected")
-
-
-FORMATS: dict[str, tuple[set[str], Callable[[dict], tuple]]] = {  # name: columns that tell it, reader; first fit wins
-    "mDPO": ({"img_path", "prompt", "chosen", "rejected"}, itemgetter("img_path", "prompt", "chosen", "rejected")),
-    "PDS-DPO / POVID (LLaVA conversations)": ({"image", "conversations", "rejected_conversations"}, conversations),
-    "RLHF-V": ({"image", "text"}, rlhf_v),
-    "RLAIF-V": ({"image", "question", "chosen", "rejected"}, itemgetter("image", "question", "chosen", "rejected")),
-    "LLaMA-Factory": ({"images", "conversations", "chosen", "rejected"}, llamafactory),
-    "VLFeedback (ratings)": ({"img_path", "prompt", "completions"}, vlfeedback),
-    "TRL": ({"images", "prompt", "chosen", "rejected"}, plain),
-    "plain": ({"image", "prompt", "chosen", "rejected"}, plain),
-}
-
-
-def detect(columns: set[str], file: Path) -> str:
-    """The name of the format with these columns. SystemExit with what was found and the nearest format."""
-    for name, (needed, _) in FORMATS.items():
-        if needed <= columns:
-            return name
-    nearest = max(FORMATS, key=lambda name: len(FORMATS[name][0] & columns) / len(FORMATS[name][0]))
-    known = "\n".join(f"  {name}: {', '.join(sorted(needed))}" for name, (needed, _) in FORMATS.items())
-    raise SystemExit(
-        f"{file}: unknown columns. Found: {', '.join(sorted(columns)) or 'none'}.\nNearest format: {nearest}, lacking "
-        f"{', '.join(sorted(FORMATS[nearest][0] - columns))}.\nFormats known:\n{known}\n"
-        "Other data: write it as jsonl with the plain columns (docs/data.md)."
-    )
-
-
 # ---- pictures ------------------------------------------------------------------------------------------------------
 
-BASE64 = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR")  # how a JPEG, PNG, GIF, WebP begins
+LONGEST_PATH = 4096  # characters; a longer text is no path
+ADDRESS = re.compile(r"[a-z]+://", re.IGNORECASE)
+
+
+def rejected_image(columns: dict) -> str | bytes | None:
+    """The picture for m_l that a row of any layout may bring."""
+    given = [columns[key] for key in REJECTED_IMAGE if columns.get(key)]
+    if len(given) > 1:
+        raise BadRow("several rejected images", f"in columns {', '.join(k for k in REJECTED_IMAGE if columns.get(k))}")
+    return stored_image(given[0]) if given else None
 
 
 def stored_image(image) -> str | bytes | None:
@@ -129,14 +192,32 @@ def stored_image(image) -> str | bytes | None:
         image = image[0] if image else None
     if isinstance(image, dict):
         image = image.get("bytes") or image.get("path")
-    if isinstance(image, str) and (image.startswith("data:") or len(image) > 255 and image.startswith(BASE64)):
-        try:
-            return base64.b64decode(image.partition(",")[2] if image.startswith("data:") else image, validate=True)
-        except binascii.Error as e:
-            raise BadRow("broken image", f"not base64: {e}") from None
-    if image is not None and not isinstance(image, str | bytes):
+    if isinstance(image, str):
+        return path_or_bytes(image)
+    if image is not None and not isinstance(image, bytes):
         raise BadRow("image is neither a path nor bytes", type(image).__name__)
     return image or None
+
+
+def path_or_bytes(image: str) -> str | bytes | None:
+    """A path as it is, base64 decoded. Whether the bytes are a picture is found when it is opened."""
+    if image.startswith("data:"):
+        return from_base64(image.partition(",")[2])
+    if ADDRESS.match(image):
+        raise BadRow("image is an address", f"{image}: fetch the pictures first")
+    if len(image) > 255 and re.fullmatch(r"[A-Za-z0-9+/\s]+={0,2}\s*", image):  # a path that long has a dot
+        return from_base64(image)
+    if len(image) > LONGEST_PATH:
+        raise BadRow("image is neither a path nor bytes", f"text of {len(image):,} characters")
+    return image or None
+
+
+def from_base64(text: str) -> bytes:
+    """Lines of base64, as `base64` writes them, or one line."""
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError) as e:  # ValueError: a character outside ASCII
+        raise BadRow("broken image", f"not base64: {e}") from None
 
 
 def place(image: str | bytes | None, root: Path, joined: dict[str, Path] | None) -> Path | bytes | None:
@@ -149,101 +230,9 @@ def place(image: str | bytes | None, root: Path, joined: dict[str, Path] | None)
         return joined[image]
     try:
         return files.inside(root, image)
+    except (OSError, RuntimeError) as e:  # a loop of links
+        raise BadRow("image path cannot be followed", f"{image}: {e}") from None
     except ValueError as e:
+        if "\0" in image:
+            raise BadRow("image path cannot be followed", f"{image}: it holds a NUL") from None
         raise BadRow("image path leaves the image folder", str(e)) from None
-
-
-# ---- files ---------------------------------------------------------------------------------------------------------
-
-
-def load_rows(file: Path) -> Iterator[dict]:
-    """Rows of a .json, .jsonl or .parquet file."""
-    try:
-        if file.suffix == ".parquet":
-            yield from parquet_rows(file)
-            return
-        text = file.read_text(encoding="utf-8-sig")
-        if file.suffix == ".jsonl":
-            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-        else:
-            rows = json.loads(text)
-    except FileNotFoundError:
-        raise SystemExit(f"{file}: no such file") from None
-    except (OSError, ValueError) as e:  # of JSON, of UTF-8, of parquet
-        raise SystemExit(f"{file}: not readable as {file.suffix or 'JSON'}: {e}") from None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise SystemExit(f"{file}: expected a list of rows with named columns")
-    yield from rows
-
-
-def parquet_rows(file: Path) -> Iterator[dict]:
-    try:
-        from pyarrow.parquet import ParquetFile
-    except ImportError:
-        raise SystemExit(f"{file}: reading parquet needs pyarrow; run `pip install pyarrow`") from None
-    with ParquetFile(file) as parquet:
-        for batch in parquet.iter_batches(1000):  # pictures are in it: never the whole file twice
-            yield from batch.to_pylist()
-
-
-def data_files(data: Path) -> list[Path]:
-    """The file itself, or those of a folder that hold its rows: the shards of one set, its train split if any."""
-    if not data.is_dir():
-        return [data]
-    files = [f for f in sorted(data.rglob("*")) if f.suffix in (".json", ".jsonl", ".parquet")
-             and f.name not in hub_data.METADATA]  # fmt: skip
-    train = [f for f in files if "train" in f.name]
-    if train and len(train) < len(files):
-        print(f"{data}: reading {', '.join(f.name for f in train)}; {len(files) - len(train)} other files left alone")
-        files = train
-    if not files:
-        raise SystemExit(f"{data}: no .json, .jsonl or .parquet file in this folder")
-    if len(files) > 1 and any(f.suffix != ".parquet" for f in files):
-        raise SystemExit(f"{data}: several data files ({', '.join(f.name for f in files)}); give one of them")
-    return files
-
-
-def read_row(row: dict, reader: Callable[[dict], tuple]) -> tuple:
-    """(image, question, chosen, rejected, rejected image), checked. BadRow or NoPair."""
-    try:
-        image, question, chosen, rejected, *image_rejected = reader(row)
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as e:
-        raise BadRow("row does not fit the file's format", f"{type(e).__name__}: {e}") from None
-    question = bare_question(checked_text(question, "prompt"))
-    responses = (checked_text(t, name).strip() for t, name in ((chosen, "chosen"), (rejected, "rejected")))
-    return stored_image(image), question, *responses, stored_image(image_rejected[0]) if image_rejected else None
-
-
-def read_pairs(data: Path | str, image_root: Path | None = None) -> tuple[list[Pair], list[Problem]]:
-    """Every row of a file, a folder or a hub data set (hub.py) as a Pair or a Problem. SystemExit if the data or its
-    columns are not known. Pictures lie in image_root, else in the file's folder or in what was downloaded."""
-    from_hub = hub_data.is_name(data)
-    folder = hub_data.fetch(str(data), with_pictures=image_root is None) if from_hub else Path(data)
-    rows = (row for file in data_files(folder) for row in load_rows(file))
-    if (first := next(rows, None)) is None:
-        raise SystemExit(f"{data}: no rows")
-    name = detect(set(first), data)
-    fields, pairs, problems, left_out = {}, [], [], Counter()
-    for total, row in enumerate(chain([first], rows), 1):
-        row_id = next((str(row[key]) for key in ("id", "idx") if row.get(key) is not None), str(total))
-        try:
-            fields[total, row_id] = read_row(row, FORMATS[name][1])
-        except BadRow as e:
-            problems.append(Problem(total, row_id, *e.args))
-        except NoPair as e:
-            left_out[str(e)] += 1
-
-    root = Path(image_root or (folder if folder.is_dir() else folder.parent)).resolve()
-    stored = {image for f in fields.values() for image in (f[0], f[-1]) if isinstance(image, str)}
-    joined = hub_data.join(str(data), folder, stored, image_root) if from_hub and stored else None
-    for (number, row_id), (image, *texts, image_rejected) in fields.items():
-        try:
-            image, image_rejected = (place(i, root, joined) for i in (image, image_rejected))
-            pairs.append(Pair(row_id, image, *texts, number, image_rejected))
-        except BadRow as e:
-            problems.append(Problem(number, row_id, *e.args))
-        except NoPair as e:
-            left_out[str(e)] += 1
-    reasons = "".join(f"; left out: {n:,} with {reason}" for reason, n in left_out.most_common())
-    print(f"{data}: {total:,} rows, format {name}, {len(pairs):,} pairs{reasons}")
-    return pairs, problems

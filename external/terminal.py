@@ -1,0 +1,15 @@
+"""Text from data, files or servers, made fit to be printed: it may hold anything."""
+
+LONGEST = 200  # characters of foreign text in one message
+
+
+def printable(text: str, longest: int | None = None) -> str:
+    """The text with control characters escaped (ESC as \\x1b, a newline as \\n), cut after `longest` characters.
+
+    Raw, such characters clear the screen, set the window's title or turn the reading direction around.
+    """
+    cut = longest is not None and len(text) > longest
+    shown = text[:longest] if cut else text
+    if not shown.isprintable():
+        shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
+    return f"{shown}... ({len(text):,} characters)" if cut else shown

@@ -1,0 +1,142 @@
+"""Files -> rows with their place: .json, .jsonl and .parquet, one file or the shards of a folder.
+
+A line of a .jsonl file that cannot be read is a row of its own, with the reason: it stops no scan. A file that cannot
+be read as a whole ends in a SystemExit that says what it looks like.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from external import files
+from external.terminal import printable
+
+SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
+METADATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")  # never rows
+PACKED = (".gz", ".zip", ".bz2", ".xz", ".zst", ".tar", ".tgz")
+
+
+class Row(NamedTuple):
+    """One row as stored. `columns` is None where it cannot be read; `detail` then says why."""
+
+    number: int  # 1-based over all files; m_l is drawn from it
+    where: str  # file:line of a .jsonl file, file:row of the others
+    columns: dict | None
+    detail: str = ""
+
+
+def read_rows(folder: Path, name: str, keys_twice: Counter) -> Iterator[Row]:
+    """The rows of a file or of a folder's shards. `name` is what the user calls it; keys that stand twice in one JSON
+    object, of which the last counts, are counted in `keys_twice`."""
+    number = 0
+    for file in data_files(folder):
+        place = name if file == folder else f"{name}/{file.relative_to(folder).as_posix()}"
+        for at, columns, detail in file_rows(file, keys_twice):
+            number += 1
+            yield Row(number, f"{place}:{at}", columns, detail)
+    if number == 0:
+        raise SystemExit(f"{name}: no rows")
+
+
+def data_files(data: Path) -> list[Path]:
+    """The file itself, or those of a folder that hold its rows: the shards of one set, its train split if any."""
+    if not data.is_dir():
+        return [data]
+    found = [f for f in sorted(data.rglob("*")) if f.suffix.lower() in SUFFIXES and f.name not in METADATA]
+    train = [f for f in found if "train" in f.name]
+    if train and len(train) < len(found):
+        print(f"{data}: reading {', '.join(f.name for f in train)}; {len(found) - len(train)} other files left alone")
+        found = train
+    if not found:
+        hint = ""
+        if any(data.rglob("*.arrow")):
+            hint = "; .arrow files are written as parquet by datasets.load_from_disk(FOLDER).to_parquet(FILE)"
+        raise SystemExit(f"{data}: no .json, .jsonl or .parquet file in this folder{hint}")
+    if len(found) > 1 and any(f.suffix.lower() != ".parquet" for f in found):
+        raise SystemExit(f"{data}: several data files ({', '.join(f.name for f in found)}); give one of them")
+    return found
+
+
+def file_rows(file: Path, keys_twice: Counter) -> Iterator[tuple[int, dict | None, str]]:
+    """(line or row number, columns, why there are none) of each row of one file."""
+    suffix = file.suffix.lower() or ".json"
+    if suffix in PACKED:
+        raise SystemExit(f"{file}: a packed file; unpack it first. .json, .jsonl and .parquet are read")
+    if suffix not in SUFFIXES:
+        raise SystemExit(f"{file}: a {suffix} file; .json, .jsonl and .parquet are read (docs/data.md)")
+    if suffix == ".parquet":
+        yield from parquet_rows(file)
+    elif suffix == ".json":
+        yield from json_rows(file, keys_twice)
+    else:
+        yield from jsonl_rows(file, keys_twice)
+
+
+def parse(text: str, keys_twice: Counter):
+    """The value of a JSON text. ValueError with line and column if it is none."""
+
+    def as_dict(items: list[tuple]) -> dict:
+        found = dict(items)
+        if len(found) < len(items):
+            counts = Counter(key for key, _ in items)
+            keys_twice.update(key for key, n in counts.items() if n > 1)
+        return found
+
+    try:
+        return json.loads(text, object_pairs_hook=as_dict)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def json_rows(file: Path, keys_twice: Counter) -> Iterator[tuple[int, dict | None, str]]:
+    """Of a .json file that is a list of rows."""
+    try:
+        rows = parse(files.read_text(file), keys_twice)
+    except ValueError as e:
+        hint = "; one JSON value a line? Then name it .jsonl" if str(e).startswith("Extra data: line 2") else ""
+        raise SystemExit(f"{file}: not readable as .json: {e}{hint}") from None
+    if isinstance(rows, dict):
+        keys = printable(", ".join(rows)) or "none"
+        raise SystemExit(f"{file}: expected a list of rows, this is one object with the keys {keys}")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise SystemExit(f"{file}: expected a list of rows with named columns")
+    for number, row in enumerate(rows, 1):
+        yield number, row, ""
+
+
+def jsonl_rows(file: Path, keys_twice: Counter) -> Iterator[tuple[int, dict | None, str]]:
+    """One JSON object a line; blank lines are none."""
+    text = files.read_text(file)
+    for line_number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON allows U+2028 inside a string
+        if not line.strip():
+            continue
+        try:
+            row = parse(line, keys_twice)
+        except ValueError as e:
+            reason = f"{e.msg} at column {e.colno}" if isinstance(e, json.JSONDecodeError) else str(e)
+            yield line_number, None, reason
+            continue
+        if isinstance(row, dict):
+            yield line_number, row, ""
+        else:
+            yield line_number, None, f"a {type(row).__name__}, wanted an object with named columns"
+
+
+def parquet_rows(file: Path) -> Iterator[tuple[int, dict | None, str]]:
+    try:
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise SystemExit(f"{file}: reading parquet needs pyarrow; run `pip install pyarrow`") from None
+    number = 0
+    try:
+        with ParquetFile(file) as parquet:
+            for batch in parquet.iter_batches(1000):  # pictures are in it: never the whole file twice
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row, ""
+    except FileNotFoundError:
+        raise SystemExit(f"{file}: no such file.") from None
+    except (OSError, ValueError, NotImplementedError) as e:
+        raise SystemExit(f"{file}: not readable as .parquet, after row {number}: {e}") from None
