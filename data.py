@@ -16,8 +16,6 @@ Deviations from the papers and their releases
    prompt (its picture, even) or both responses.
 """
 
-import math
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,7 +26,7 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
 import pictures
 from model import Config
@@ -178,7 +176,9 @@ def open_of(pair: Pair, source: Path | bytes) -> Image.Image:
         return pictures.open_image(source)
     except ValueError as e:
         name = source if isinstance(source, Path) else "the picture in the row"
-        raise LostPicture(f"{pair.where or f'row {pair.row}'}: id {pair.id}: {name}: {e}; it was there before") from None
+        raise LostPicture(
+            f"{pair.where or f'row {pair.row}'}: id {pair.id}: {name}: {e}; it was there before"
+        ) from None
 
 
 class PairData(Dataset):
@@ -345,53 +345,3 @@ class EpochSampler(Sampler):
 
     def __len__(self) -> int:
         return self.n * self.epochs - self.start
-
-
-def example_loader(data: PairData, sampler: Sampler, workers: int, batch: int = 8) -> Iterator[Example]:
-    """Examples one by one in the sampler's order, prepared by worker processes at least one step of `batch` ahead.
-
-    SystemExit if a picture can no longer be opened.
-    """
-    workers, prefetch = fit_shared_memory(data, workers, max(8, math.ceil(batch / max(1, workers))))
-    loader = DataLoader(
-        data,
-        batch_size=None,
-        sampler=sampler,
-        num_workers=workers,
-        prefetch_factor=prefetch,
-        pin_memory=torch.cuda.is_available(),
-    )
-    try:
-        yield from loader
-    except LostPicture as e:
-        raise SystemExit(str(e).strip().splitlines()[-1]) from None  # a worker's error arrives with its traceback
-
-
-def fit_shared_memory(data: PairData, workers: int, prefetch: int) -> tuple[int, int | None]:
-    """(workers, examples that each prepares ahead), fewer if /dev/shm could not hold them: then workers hang.
-
-    Examples go from worker to trainer through that folder, 64 MB in a container of Docker's default.
-    """
-    if workers == 0:
-        return 0, None
-    size = data.processor.template.image.size
-    pictures_of_one = 1 + (4 if data.strategy == "crop-released" else 1)  # in float32 after a bilinear crop
-    example = pictures_of_one * 3 * size**2 + 100_000  # bytes; the rest are token ids and pages begun
-    fitting = int(SHARE_OF_SHM * shared_memory() / example)  # examples under way at once
-    if fitting >= workers * (prefetch + 1):
-        return workers, prefetch
-    fewer = min(workers, fitting // 2)  # each has one in work and one waiting, at the least
-    if fewer == 0:
-        print(f"/dev/shm has too little room for worker processes: {WITHOUT_WORKERS}")
-        return 0, None
-    ahead = min(prefetch, fitting // fewer - 1)
-    print(f"/dev/shm has room for {fitting} examples: {fewer} of {workers} workers, {ahead} ahead each (docker --shm-size)")
-    return fewer, ahead
-
-
-def shared_memory() -> float:
-    """Free bytes of /dev/shm, infinitely many where there is none."""
-    try:
-        return shutil.disk_usage("/dev/shm").free
-    except OSError:
-        return math.inf

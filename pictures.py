@@ -52,7 +52,7 @@ def open_image(source: Path | bytes) -> Image.Image:
     """
     try:
         if isinstance(source, Path) and not stat.S_ISREG(source.stat().st_mode):
-            raise ValueError("not a picture file: a folder, pipe or device")  # a pipe would be waited for
+            raise ValueError("broken image (a folder, pipe or device)")  # a pipe would be waited for
         with Image.open(readable(source), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS:,}")

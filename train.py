@@ -33,12 +33,13 @@ from bases.adapter import save_adapter
 from bases.architectures import architecture_of
 from bases.checkpoint import SOURCES, load_base
 from bases.tokenizer import load_processor
-from data import MAX_LENGTH, EpochSampler, Example, Pair, PairData, collate, example_loader
+from data import MAX_LENGTH, EpochSampler, Example, PairData, collate
 from engine.device import autocast_for, choose_device, compile_blocks
+from engine.loading import example_loader
 from engine.memory import find_room
 from engine.run_folder import Run, new_folder
 from formats import hub_data
-from formats.problems import find_problems, usable
+from formats.problems import Demands, examine, usable
 from formats.readers import read_pairs
 from lora import add_lora, lora_disabled, lora_modules
 from losses import Logps
@@ -128,7 +129,7 @@ def batches(
 ) -> Iterator[tuple[int, list[Example]]]:
     """(step, its examples). Every epoch has its own order; its last batch holds what is left."""
     sampler = EpochSampler(len(data), epochs, seed)
-    examples = iter(example_loader(data, sampler, workers, batch))
+    examples = example_loader(data, sampler, workers, batch)
     steps_per_epoch = math.ceil(len(data) / batch)
     for step in range(steps):
         seen = step % steps_per_epoch * batch  # of this epoch
@@ -211,26 +212,24 @@ def load_base_and_data(args: argparse.Namespace, device: torch.device) -> tuple[
     processor = load_processor(folder, model.config)
     if args.bunny_template == "released":
         processor.template = dataclasses.replace(processor.template, response_blank=False)
-    with_image = args.recipe != "dpo-no-image"
-    strategy = strategy_of(args.rejected_image, args.terms, args.anchors, pairs)
-    if strategy and not with_image:
-        raise SystemExit("dpo-no-image has no pictures: leave copo out of --terms and m_l out of --anchors")
-    problems += find_problems(pairs, processor, with_image, strategy, args.max_length)
-    pairs = usable(pairs, problems, args.data, args.skip_bad, args.cut_long)
-    data = PairData(pairs, processor, strategy, args.seed, args.crop_every_epoch, with_image, args.max_length)
+    demands = Demands(
+        rejected_image=args.rejected_image,
+        needs_m_l=losses.needs_image_rejected(args.terms, args.anchors),
+        with_image=args.recipe != "dpo-no-image",
+        max_length=args.max_length,
+        cut_long=args.cut_long,
+    )
+    examined = examine(args.data, pairs, problems, processor, demands)
+    data = PairData(
+        pairs=usable(examined, args.skip_bad),
+        processor=processor,
+        strategy=examined.strategy,
+        seed=args.seed,
+        fresh_every_epoch=args.crop_every_epoch,
+        with_image=demands.with_image,
+        max_length=args.max_length,
+    )
     return model, data
-
-
-def strategy_of(given: str | None, terms, anchors, pairs: list[Pair]) -> str | None:
-    """How m_l is made: as given, else from the data where all rows bring one, else a crop; None where it is unused."""
-    if not losses.needs_image_rejected(terms, anchors):
-        return None
-    if given:
-        return given
-    brought = sum(pair.image_rejected is not None for pair in pairs)
-    if 0 < brought < len(pairs):
-        print(f"only {brought} of {len(pairs)} rows bring a rejected image; all get a crop instead")
-    return "given" if brought == len(pairs) else "crop"
 
 
 def make_optimizer(parameters: list, lr: float, beta2: float, weight_decay: float) -> torch.optim.AdamW:
@@ -309,7 +308,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     g.add_argument("--anchors", type=one_of(losses.ANCHORS), help="AncPO holds w above delta, l and m_l below it")
     g.add_argument("--beta", type=float, help="temperature of the rewards")
     g.add_argument("--delta", type=float, help="anchor, outside beta")
-    g.add_argument("--rejected-image", choices=pictures.STRATEGIES, help="how m_l is made, if not given or a crop")
+    g.add_argument("--rejected-image", type=pictures.strategy, metavar="STRATEGY", help=pictures.STRATEGY_HELP)
     g.add_argument("--crop-every-epoch", default=True, action=yes_no, help="draw m_l anew each epoch, else epoch 0's")
 
     g = p.add_argument_group("optimisation")

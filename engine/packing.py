@@ -25,10 +25,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import Example
+from data import Example, normalised
 from engine import head
 from losses import Logps
 from model import causal
+from pictures import ImageSpec
 
 TRIPLES = ("chosen", "rejected", "image_rejected")  # (m_w, q, y_w), (m_w, q, y_l), (m_l, q, y_w): fields of Logps
 
@@ -81,12 +82,14 @@ class Packed(NamedTuple):
     spans: list[Span]
     which: list[str]  # the triples in it
     examples: list[Example]  # B of them
+    spec: ImageSpec | None  # of pictures that are still levels 0-255
 
     def to(self, device: torch.device) -> "Packed":
         return self._replace(
             input_ids=self.input_ids.to(device, non_blocking=True),
             positions=self.positions.to(device, non_blocking=True),
-            images=None if self.images is None else self.images.to(device, non_blocking=True),
+            images=normalised(self.images, self.spec, device),
+            spec=None,
             predict_from=self.predict_from.to(device, non_blocking=True),
             targets=self.targets.to(device, non_blocking=True),
             owner=self.owner.to(device, non_blocking=True),
@@ -142,6 +145,7 @@ def pack(examples: list[Example], which=TRIPLES) -> Packed:
         spans=spans,
         which=[triple for group in groups(examples[0], which) for triple in group.triples],
         examples=examples,
+        spec=examples[0].spec,
     )
 
 

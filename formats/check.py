@@ -40,8 +40,8 @@ def check(examined: Examined, in_tokens: bool) -> None:
         if some:
             print(f"note: {len(some)} {kind}: {where(name, some)}")
     broken = {p.row for p in problems if p.reason != TOO_LONG}
-    opened = [p for p in pairs if p.row not in broken and p.image is not None]
-    if opened:
+    opened = [p for p in pairs if p.row not in broken]
+    if opened and examined.demands.with_image:
         print_pictures(name, opened)
     if pairs:
         print_lengths(examined, in_tokens)
@@ -51,8 +51,7 @@ def check(examined: Examined, in_tokens: bool) -> None:
     print(f"{name}: {len(bad)} of {rows_in(examined)} rows cannot be used")
     if all(p.row in bad for p in pairs):
         print(f"{name}: no usable rows")
-        raise SystemExit(1)
-    if bad:
+    if bad or not pairs:
         raise SystemExit(1)
 
 

@@ -1,4 +1,4 @@
-"""What the commands that look at data share: their flags, what of a base they need, and the rows as train.py sees them."""
+"""What the commands that look at data share: flags, the base's small files, rows as train.py sees them."""
 
 import argparse
 import io
@@ -34,15 +34,20 @@ def data_parser(description: str, base_required: bool) -> argparse.ArgumentParse
     """DATA and the flags that decide which of its rows can be used, as train.py has them."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a console that has not every letter gets its number
-    p = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(description=description)
     p.add_argument("data", help=f"preference file, folder, or hub data set ({', '.join(hub_data.NAMED)}, owner/name)")
     bases = ", ".join(checkpoint.SOURCES)
     p.add_argument("--base", required=base_required, help=f"{bases}, or a checkpoint folder; no weights are loaded")
     p.add_argument("--image-root", type=Path, help="folder the image paths start from (default: the data file's)")
-    p.add_argument("--recipe", choices=RECIPES, default="mdpo", help="decides whether pictures and m_l are looked at")
+    p.add_argument("--recipe", choices=RECIPES, default="mdpo", help="what is looked at (default: %(default)s)")
     p.add_argument("--rejected-image", type=pictures.strategy, metavar="STRATEGY", help=pictures.STRATEGY_HELP)
-    p.add_argument("--max-length", type=int, default=MAX_LENGTH, help="prompt + response, image tokens counted")
-    p.add_argument("--cut-long", action="store_true", help="a response that is too long is no problem: it is cut")
+    p.add_argument(
+        "--max-length",
+        type=int,
+        default=MAX_LENGTH,
+        help="prompt + response, image tokens counted (default: %(default)s)",
+    )
+    p.add_argument("--cut-long", action="store_true", help="a response that is too long is cut: it is no problem")
     return p
 
 

@@ -69,7 +69,7 @@ def read_chat(value, alone: str) -> Chat:
 
 
 def message_content(message: dict) -> tuple[str, list]:
-    """(text, pictures) of a message whose content is text or a list of parts; a part may only hold a picture's place."""
+    """(text, pictures) of a message whose content is text or a list of parts; a picture's place alone is none."""
     content = message["content" if "content" in message else "value"]
     if isinstance(content, str):
         return content, []

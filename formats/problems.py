@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 import pictures
 from data import IMAGE_TOKEN, MAX_LENGTH, SYSTEM, Pair, Problem, Processor
+from external.progress import progress
 from external.terminal import LONGEST, printable
 
 TOO_LONG = "too long"  # the one reason that --cut-long fixes
@@ -40,6 +39,7 @@ class Examined(NamedTuple):
     """What `examine` found."""
 
     name: str  # of the data, as the user gave it
+    demands: Demands
     pairs: list[Pair]
     strategy: str | None  # how m_l is made; None where the objective does not look at it
     lengths: list[tuple[int, int, int]]  # of prompt, chosen and rejected: tokens, or words without a base
@@ -57,7 +57,7 @@ def examine(
     lengths = []
     found = list(problems)
     to_open = []
-    for pair in tqdm(pairs, "texts", disable=None):
+    for pair in progress(pairs, "texts"):
         length = token_lengths(pair, processor, demands.with_image) if processor else word_lengths(pair)
         lengths.append(length)
         problem = text_problem(pair, length, special_texts, max_length)
@@ -70,7 +70,7 @@ def examine(
     found.sort()
     too_long = [p for p in found if p.reason == TOO_LONG] if demands.cut_long else []
     found = [p for p in found if p not in too_long] if too_long else found
-    return Examined(str(name), pairs, strategy, lengths, found, too_long)
+    return Examined(str(name), demands, pairs, strategy, lengths, found, too_long)
 
 
 def strategy_of(demands: Demands, pairs: list[Pair]) -> str | None:
@@ -192,5 +192,5 @@ def image_problem(pair: Pair, strategy: str | None) -> Problem | None:
 def problems_of_pictures(pairs: list[Pair], problem: Callable[[Pair], Problem | None]) -> list[Problem]:
     """Pictures are decoded in parallel: Pillow does it outside the interpreter lock."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # no more: each may hold a picture of half a gigabyte
-        found = tqdm(pool.map(problem, pairs), "pictures", len(pairs), disable=None)
+        found = progress(pool.map(problem, pairs), "pictures", len(pairs))
         return [p for p in found if p is not None]

@@ -15,10 +15,9 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from tqdm import tqdm
-
 from data import SYSTEM, BadRow, Pair, Problem, bare_question
 from external import files
+from external.progress import progress
 from external.terminal import LONGEST, printable
 from formats import hub_data
 from formats.layouts import EVERYWHERE, NOT_FITTING, REJECTED_IMAGE, Fields, Layout, NoPair, detect
@@ -45,11 +44,13 @@ def read_pairs(data: Path | str, image_root: Path | None = None) -> tuple[list[P
     from_hub = hub_data.is_name(name)
     if from_hub:
         source = hub_data.fetch(name, with_pictures=image_root is None)
+        shown = f"{name}/{source.name}" if source.is_file() else name
     else:
         source = Path(data)
+        shown = name
     stored = Stored()
     layout = None
-    for row in tqdm(read_rows(source, name, stored.keys_twice), "rows", disable=None):
+    for row in progress(read_rows(source, shown, stored.keys_twice), f"rows of {name}"):
         if layout is None and row.columns is not None:
             layout = detect(row.columns, name)
         read_one(row, layout, stored)

@@ -26,10 +26,10 @@ from data import (
     Problem,
     Processor,
     collate,
-    example_loader,
     pad_rows,
 )
-from formats.problems import find_problems, token_lengths, usable
+from engine.loading import example_loader
+from formats.problems import Demands, Examined, examine, token_lengths, usable
 from model import Config, VisionConfig
 
 SYSTEM = (
@@ -66,6 +66,14 @@ def png(seed: int, size=(20, 14)) -> bytes:
     pixels = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
     Image.fromarray(pixels).save(out, "PNG")
     return out.getvalue()
+
+
+def problems_of(pairs: list[Pair], **demands) -> list[Problem]:
+    return examine("f.json", pairs, [], PROCESSOR, Demands(**demands)).problems
+
+
+def examined(pairs: list[Pair], problems: list[Problem]) -> Examined:
+    return Examined("f.json", Demands(), pairs, "crop", [], sorted(problems), [])
 
 
 def pair(row: int = 1, **changes) -> Pair:
@@ -109,7 +117,7 @@ def test_special_token_text_never_becomes_a_special_id(text):
     assert PROCESSOR.encode(text) == ids(" " + text)
     assert pickle.loads(pickle.dumps(PROCESSOR)).encode(text) == ids(" " + text)  # as worker processes get it
     for name in ("prompt", "chosen", "rejected"):
-        problem = find_problems([pair(**{name: text})], PROCESSOR, with_image=False)[0]
+        problem = problems_of([pair(**{name: text})])[0]
         assert problem[:3] == (1, "p1", "special-token text inside data") and problem.detail.endswith(f" in {name}")
 
 
@@ -161,41 +169,43 @@ BAD = {
 def test_reasons(reason):
     bad = pair(7, **{"image_rejected": png(0)} | BAD[reason])
     good = pair(8, image_rejected=png(0), chosen="Y")  # one-letter answers are legal
-    problems = find_problems([bad, good], PROCESSOR, strategy="given", max_length=450)
+    problems = problems_of([bad, good], rejected_image="given", max_length=450)
     assert [p[:3] for p in problems] == [(7, "p7", reason)]
 
 
 def test_usable_stops_at_the_first_bad_row_or_leaves_all_out(capsys):
     problems = [Problem(9, "p9", "no image"), Problem(2, "p2", "empty chosen"), Problem(4, "p4", "no image")]
+    found = examined(PAIRS, problems)
     with pytest.raises(SystemExit) as e:
-        usable(PAIRS, problems, "f.json", skip_bad=False)
+        usable(found, skip_bad=False)
     assert "f.json:2: id p2: empty chosen" in str(e.value)
     assert "3 of 7 rows cannot be used (2 no image, 1 empty chosen)" in str(e.value)  # row 9 is not among the six pairs
-    assert [p.row for p in usable(PAIRS, problems, "f.json", skip_bad=True)] == [1, 3, 5, 6]
+    assert [p.row for p in usable(found, skip_bad=True)] == [1, 3, 5, 6]
     assert "3 of 7 rows" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="no usable rows"):
-        usable(PAIRS[:1], [Problem(1, "p1", "no image")], "f.json", skip_bad=True)
+        usable(examined(PAIRS[:1], [Problem(1, "p1", "no image")]), skip_bad=True)
 
 
 def test_cut_long_cuts_responses_only_and_counts(capsys):
     long = pair(chosen="x" * 300)
     length = len(PROCESSOR.prompt_ids(long.prompt))
-    problems = find_problems([long, PAIRS[1]], PROCESSOR, max_length=length + 50)
+    limit = length + 50
     with pytest.raises(SystemExit, match="1 too long"):
-        usable([long, PAIRS[1]], problems, "f.json", skip_bad=False)
-    pairs = usable([long, PAIRS[1]], problems, "f.json", skip_bad=False, cut_long=True)
+        usable(examine("f.json", [long, PAIRS[1]], [], PROCESSOR, Demands(max_length=limit)), skip_bad=False)
+    found = examine("f.json", [long, PAIRS[1]], [], PROCESSOR, Demands(max_length=limit, cut_long=True))
+    pairs = usable(found, skip_bad=False)
     assert len(pairs) == 2 and "1 of 2 rows have a response too long" in capsys.readouterr().out
-    example = PairData(pairs, PROCESSOR, max_length=length + 50)[0, 0]
+    example = PairData(pairs, PROCESSOR, max_length=limit)[0, 0]
     assert example.prompt.tolist() == PROCESSOR.prompt_ids(long.prompt)
     assert example.chosen.tolist() == ids(" " + "x" * 49)  # 50 ids; the text does not end here: no EOS
     assert example.rejected.tolist() == ids(" No") + [2]
-    # a long response hides no broken picture, since it can be mended
-    found = find_problems([replace(long, image=b"GIF89a")], PROCESSOR, max_length=length + 50)
-    assert [p.reason for p in found] == ["too long", "broken image"]
-    # a prompt that leaves no room cannot be mended by cutting
-    problems = find_problems([long], PROCESSOR, max_length=length)
+    # a long response hides no broken picture, since it can be cut
+    broken = [replace(long, image=b"GIF89a")]
+    assert [p.reason for p in problems_of(broken, max_length=limit)] == ["broken image", "too long"]
+    assert [p.reason for p in problems_of(broken, max_length=limit, cut_long=True)] == ["broken image"]
+    # a prompt that leaves no room cannot be fixed by cutting
     with pytest.raises(SystemExit, match="1 prompt too long"):
-        usable([long], problems, "f.json", skip_bad=False, cut_long=True)
+        usable(examine("f.json", [long], [], PROCESSOR, Demands(max_length=length, cut_long=True)), skip_bad=False)
 
 
 # ---- pictures and m_l ----------------------------------------------------------------------------------------------
@@ -204,10 +214,15 @@ def test_cut_long_cuts_responses_only_and_counts(capsys):
 def test_pictures_of_an_example():
     example = PairData(PAIRS, PROCESSOR, "crop")[0, 2]
     original = pictures.open_image(PAIRS[2].image)
-    assert torch.equal(example.image, pictures.prepare(original, pictures.ImageSpec(size=28)))
+    spec = pictures.ImageSpec(size=28)
+    assert torch.equal(example.image, pictures.levels(original, spec)) and example.image.dtype == torch.uint8
     # the crop is drawn from (seed, row, epoch) = (0, 3, 0) alone
     cropped = pictures.crop(original, np.random.default_rng((0, 3, 0)), 0.01, 0.2)
-    assert torch.equal(example.image_rejected, pictures.prepare(cropped, pictures.ImageSpec(size=28)))
+    assert torch.equal(example.image_rejected, pictures.levels(cropped, spec))
+    batch = collate([example], CONFIG).to("cpu")  # normalised on the device, once
+    assert torch.equal(batch.images[0], pictures.prepare(original, spec))
+    assert torch.equal(batch.image_rejected[0], pictures.prepare(cropped, spec))
+    assert torch.equal(batch.to("cpu").images, batch.images)
     assert PairData(PAIRS, PROCESSOR)[0, 2].image_rejected is None
 
 
@@ -229,14 +244,15 @@ def test_same_given_and_random():
     same = PairData(PAIRS, PROCESSOR, "same")[0, 0]
     assert torch.equal(same.image_rejected, same.image)
     given = PairData([pair(image_rejected=png(99))], PROCESSOR, "given")[0, 0]
-    assert torch.equal(given.image_rejected, PROCESSOR.prepare(pictures.open_image(png(99))))
+    assert torch.equal(given.image_rejected, pictures.levels(pictures.open_image(png(99)), given.spec))
     random = PairData(PAIRS, PROCESSOR, "random")
     m_w = [random[0, i].image for i in range(6)]
     chosen = {(i, next(j for j in range(6) if torch.equal(random[e, i].image_rejected, m_w[j])))
               for e in range(30) for i in range(6)}  # fmt: skip
     assert chosen == {(i, j) for i in range(6) for j in range(6) if i != j}  # every other picture, never its own
+    one = examine("f.json", PAIRS[:1], [], PROCESSOR, Demands(rejected_image="random"))
     with pytest.raises(SystemExit, match="at least 2 pairs"):
-        PairData(PAIRS[:1], PROCESSOR, "random")
+        usable(one, skip_bad=True)
 
 
 def test_policy_and_reference_see_the_same_m_l():

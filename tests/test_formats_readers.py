@@ -135,7 +135,7 @@ def test_a_path_in_a_dict_and_no_picture(tmp_path):
         ({"prompt": "USER: <image>\nWhat? ASSISTANT:"}, "prompt is in another template"),
         ({"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
          "not one question and one answer"),
-        ({"prompt": None}, "row does not fit the file's format"),
+        ({"prompt": None}, "no prompt"),
         ({"chosen": 3}, "row does not fit the file's format"),
         ({"rejected": "half a pair \ud83d"}, "rejected is not valid Unicode"),
     ],
@@ -190,13 +190,13 @@ def test_unknown_columns_name_what_was_found_and_the_nearest(tmp_path):
         ("a.json", "{}", "expected a list of rows"),
         ("a.json", "[]", "no rows"),
         ("a.json", "[1]", "expected a list of rows"),
-        ("a.jsonl", '{"image": 1}\n{', "not readable as .jsonl"),
+        ("a.jsonl", "\n{", "broken row"),
         ("a.parquet", "PAR1", "not readable as .parquet"),
     ],
 )
 def test_unreadable_file(name, content, reason, tmp_path):
     (tmp_path / name).write_text(content)
-    with pytest.raises(SystemExit, match=f"{name}: {reason}"):
+    with pytest.raises(SystemExit, match=rf"{name}(:2)?: {reason}"):
         read_pairs(tmp_path / name)
     with pytest.raises(SystemExit, match="no such file"):
         read_pairs(tmp_path / "none.json")

@@ -1,0 +1,75 @@
+"""Examples out of worker processes: exactly `data[key] for key in sampler` of data.PairData, prepared ahead.
+
+Workers hand pictures over as levels of 8 bits through /dev/shm, a quarter of the prepared float32; they are normalised
+on the device (data.Batch.to). /dev/shm holds 64 MB in a container of Docker's default, and workers that find it full
+wait for ever: so how many examples are under way is fitted to what is free.
+"""
+
+import math
+import shutil
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from data import Example, LostPicture, PairData
+
+SHARE = 0.7  # of what is free in shared memory
+
+
+def example_loader(data: PairData, sampler: Sampler, workers: int, batch: int = 8) -> Iterator[Example]:
+    """Examples one by one in the sampler's order, at least one step of `batch` ahead where there is room.
+
+    SystemExit if a picture can no longer be opened.
+    """
+    ahead = max(8, math.ceil(batch / max(1, workers)))
+    workers, ahead = fit_shared_memory(example_bytes(data), workers, ahead, free_shared_memory())
+    loader = DataLoader(
+        data,
+        batch_size=None,
+        sampler=sampler,
+        num_workers=workers,
+        prefetch_factor=ahead if workers else None,
+        pin_memory=torch.cuda.is_available(),
+    )
+    try:
+        yield from loader
+    except LostPicture as e:
+        raise SystemExit(str(e).strip().splitlines()[-1]) from None  # a worker's error brings its traceback along
+
+
+def example_bytes(data: PairData) -> int:
+    """Shared memory that one example takes, rounded up."""
+    size = data.processor.template.image.size
+    picture = 3 * size**2 if data.with_image else 0
+    m_l = 0
+    if data.strategy:
+        m_l = 4 * picture if data.strategy == "crop-released" else picture  # a bilinear crop is float32
+    return picture + m_l + 100_000  # token ids, and pages begun
+
+
+def fit_shared_memory(example: int, workers: int, ahead: int, free: float) -> tuple[int, int]:
+    """(workers, examples that each prepares ahead): as asked, or fewer if `free` bytes could not hold them.
+
+    A worker has one example more in work than it prepares ahead.
+    """
+    room = int(SHARE * free / example) if free < math.inf else workers * (ahead + 1)  # examples under way at once
+    if room >= workers * (ahead + 1):
+        return workers, ahead
+    fewer = min(workers, room // 2)
+    if fewer == 0:
+        print("/dev/shm has no room for worker processes: pictures are prepared between the steps (docker: --shm-size)")
+        return 0, 0
+    less = min(ahead, room // fewer - 1)
+    print(
+        f"/dev/shm has room for {room} examples: {fewer} of {workers} workers, each {less} ahead (docker: --shm-size)"
+    )
+    return fewer, less
+
+
+def free_shared_memory() -> float:
+    """Free bytes of /dev/shm; no limit where there is no such folder."""
+    try:
+        return shutil.disk_usage("/dev/shm").free
+    except OSError:
+        return math.inf
