@@ -80,18 +80,18 @@ BASES = {
         kv_heads=40,
         ffn=13824,
     ),
-    "toy": Config(  # the world of toy.py: 64 px pictures, 16 patches, a vocabulary of words
+    "toy": Config(  # the world of toy.py: 48 px pictures, 9 patches, a vocabulary of words
         vision=VisionConfig(
             width=64,
             layers=4,
             heads=4,
             ffn=256,
-            image_size=64,
+            image_size=48,
             patch=16,
         ),
         vocab=128,
         width=96,
-        layers=3,
+        layers=2,
         heads=4,
         kv_heads=4,
         ffn=256,
