@@ -3,10 +3,9 @@
     python train.py --base toy [--recipe dpo]    makes the world if it is not there, trains one recipe, scores it
     python -m lab.demo                           three recipes, a table, pictures of what they say
 
-A scene is a 48-px picture of 1 to 5 objects; two are typical of its kind (a kitchen has a cup and a plate). The base is
-a LLaVA that is trained here. Pairs are made as real ones are: captions sampled from the base, ranked by a judge who
-goes by style with probability s, else by content; s = 1 unless told. From the base's files on, everything runs through
-the code that LLaVA-1.5-7B runs through.
+A scene is a picture of 1 to 5 objects; two are typical of its kind (a kitchen has a cup and a plate). The base is a
+LLaVA trained here. Pairs are made as real ones are: captions sampled from the base, ranked by a judge who goes by style
+with probability s, else by content. From the base's files on, all runs through the code that LLaVA-1.5-7B runs through.
 
 Why it works
 1. The base learns as LLaVA did: first from true captions, so it learns to see; then from captions whose writer did not
@@ -364,8 +363,8 @@ def naming_probabilities(model: LLaVA, processor: Processor, scenes: list[Scene]
         for name in typical(scene):
             before = [other for other in sorted(scene.places) if other < name]
             items = [f"a shiny {other} ," for other in before]
-            begun = " ".join([f"a truly lovely {scene.kind} with", *items, "a shiny"])
-            logits = next_logits(model, processor, QUESTION, scene.image, begun)  # (T, V)
+            start = " ".join([f"a truly lovely {scene.kind} with", *items, "a shiny"])
+            logits = next_logits(model, processor, QUESTION, scene.image, start)  # (T, V)
             p = logits[-1, objects].softmax(0)[OBJECTS.index(name)]
             if before:  # the text ends ", a shiny", and the object before predicts its comma
                 p = p * logits[-4, [comma, stop]].softmax(0)[0]

@@ -50,10 +50,10 @@ def chosen_change(model: LLaVA, processor: Processor, pairs: list[Pair]) -> floa
 
 
 @torch.no_grad()
-def next_logits(model: LLaVA, processor: Processor, question: str, image: Image.Image, begun: str) -> Tensor:
-    """(T, V): the logits of the token after each of the T tokens of prompt + `begun`, an answer's first words."""
+def next_logits(model: LLaVA, processor: Processor, question: str, image: Image.Image, start: str) -> Tensor:
+    """(T, V): the logits of the token after each of the T tokens of prompt + `start`, an answer's first words."""
     device = model.lm_head.weight.device
-    ids = processor.prompt_ids(question) + processor.response_ids(begun)[:-1]  # without EOS
+    ids = processor.prompt_ids(question) + processor.response_ids(start)[:-1]  # without EOS
     images = processor.prepare(image)[None]  # (1, 3, S, S)
     return model(torch.tensor(ids)[None].to(device), images.to(device))[0].float()
 

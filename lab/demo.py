@@ -12,9 +12,15 @@ from pathlib import Path
 import torch
 
 import toy
-from lab import figure, tables
+from external.files import read_json
+from lab import figure, plotting, tables
 
 ROWS = ("DPO", "DPO (No Image)", "mDPO")
+
+
+def strangers(folder: Path) -> list[Path]:
+    """What a demo that was stopped early would not have left."""
+    return [file for file in folder.glob("*") if file.name not in ("base", "pairs")]
 
 
 def main(argv=None) -> None:
@@ -25,13 +31,17 @@ def main(argv=None) -> None:
     args = p.parse_args(argv)
     start = time.perf_counter()
     out = args.out or Path("runs") / f"toy-demo-{args.seed}"
+    picture = out / "judge.png"
+    plotting.new_figure(picture, 1, 1)  # a missing matplotlib is told now, not after minutes
+    if not (out / "world.json").is_file() and strangers(out):
+        raise SystemExit(f"{out}: not empty, and not a demo of before. Give another --out, or remove it.")
     world = toy.make_world(out, args.seed)
     runs = {}
     for name in ROWS:
         print(f"\n{name}")
         runs[name] = tables.train_row(world, name, args.seed)
     table = toy.score_rows(world, runs, world, args.seed)
-    figure.draw(out / "judge.png", table, f"this run, seed {args.seed}")
+    figure.draw(picture, read_json(figure.STUDY), table, f"this run, seed {args.seed}")
     print(f"{out}: table.json, captions.png, judge.png, a folder per recipe; {time.perf_counter() - start:.0f} s")
     print("Remove the folder to start afresh, or give --seed or --out for another world.")
 

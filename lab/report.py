@@ -1,7 +1,7 @@
 """Runs side by side: the benchmarks' results as in mDPO's Table 1, and the curves of their training as a picture.
 
     python -m lab.report runs/a runs/b --table                  a Markdown table on the terminal
-    python -m lab.report runs/a runs/b --curves curves.svg      loss, margins, and what became of the chosen answers
+    python -m lab.report runs/a runs/b --curves curves.png      loss, margins, and what became of the chosen answers
 
 A run is a folder with train.py's log.jsonl and args.json, and the scorers' results as `--json` wrote them:
 eval_mmhal.json, eval_chair.json (--protocol objhal), eval_amber.json, eval_pope.json. What is not there is a dash.
@@ -13,22 +13,33 @@ object / answers that name one), which is what the benchmark publishes; the pape
 import argparse
 import json
 from collections.abc import Callable
-from html import escape
 from pathlib import Path
+from statistics import mean
+from typing import NamedTuple
 
 from external import files
+from lab import plotting
 
-COLUMNS = [  # heading, file, metric, factor, decimals; an arrow says which way is better
-    ("MMHal Score ↑", "eval_mmhal.json", "score", 1, 2),
-    ("MMHal HalRate ↓", "eval_mmhal.json", "hallucination_rate", 1, 2),
-    ("ObjHal CHAIRs ↓", "eval_chair.json", "chair_s_refine", 100, 1),
-    ("ObjHal CHAIRi ↓", "eval_chair.json", "chair_i", 100, 1),
-    ("AMBER CHAIR ↓", "eval_amber.json", "chair", 1, 1),
-    ("AMBER Cover ↑", "eval_amber.json", "cover", 1, 1),
-    ("AMBER HalRate ↓", "eval_amber.json", "hal", 1, 1),
-    ("AMBER Cog ↓", "eval_amber.json", "cog", 1, 1),
-    ("POPE Acc ↑", "eval_pope.json", "accuracy", 100, 1),
-    ("POPE F1 ↑", "eval_pope.json", "f1", 100, 1),
+
+class Column(NamedTuple):
+    heading: str  # an arrow says which way is better
+    file: str  # of the run folder
+    metric: str
+    factor: int
+    decimals: int
+
+
+COLUMNS = [
+    Column("MMHal Score ↑", "eval_mmhal.json", "score", 1, 2),
+    Column("MMHal HalRate ↓", "eval_mmhal.json", "hallucination_rate", 1, 2),
+    Column("ObjHal CHAIRs ↓", "eval_chair.json", "chair_s_refine", 100, 1),
+    Column("ObjHal CHAIRi ↓", "eval_chair.json", "chair_i", 100, 1),
+    Column("AMBER CHAIR ↓", "eval_amber.json", "chair", 1, 1),
+    Column("AMBER Cover ↑", "eval_amber.json", "cover", 1, 1),
+    Column("AMBER HalRate ↓", "eval_amber.json", "hal", 1, 1),
+    Column("AMBER Cog ↓", "eval_amber.json", "cog", 1, 1),
+    Column("POPE Acc ↑", "eval_pope.json", "accuracy", 100, 1),
+    Column("POPE F1 ↑", "eval_pope.json", "f1", 100, 1),
 ]
 PAPER = [  # mDPO, Table 1: the rows that share base, data and judge
     ("Bunny-v1.0-3B", "2.11 0.58 43.0 8.9 9.8 75.6 64.9 6.0"),
@@ -47,56 +58,81 @@ def results(run: Path) -> dict[str, dict]:
     """File name -> a scorer's result, of those that the run folder has."""
     if not run.is_dir():
         raise SystemExit(f"{run}: no such run folder")
-    found = {name: files.read_json(run / name) for name in dict.fromkeys(c[1] for c in COLUMNS)
-             if (run / name).is_file()}  # fmt: skip
+    found = {}
+    for column in COLUMNS:
+        file = run / column.file
+        if file.is_file() and column.file not in found:
+            found[column.file] = files.read_json(file)
     for name, result in found.items():
         if "metrics" not in result or "protocol" not in result:
             raise SystemExit(f"{run / name}: not the result of one answer file (a --compare result?); score it again")
     return found
 
 
-def cells(found: dict[str, dict]) -> list[str]:
-    row = []
-    for _, file, metric, factor, decimals in COLUMNS:
-        result = found.get(file, {"metrics": {}, "protocol": ""})
-        # CHAIR 2018 is another benchmark: its own captions, words and denominator
-        value = None if result["protocol"] == "CHAIR 2018" else result["metrics"].get(metric)
-        row.append("-" if value is None else f"{value * factor:.{decimals}f}")
-    return row
+def cell(found: dict[str, dict], column: Column) -> str:
+    result = found.get(column.file)
+    if result is None or result["protocol"] == "CHAIR 2018":  # another benchmark: its own captions, words, denominator
+        return "-"
+    value = result["metrics"].get(column.metric)
+    return "-" if value is None else f"{value * column.factor:.{column.decimals}f}"
+
+
+def how_made(generation: dict | None) -> str:
+    if not generation:
+        return "decoding not recorded"
+    decoding = json.dumps(generation["decoding"])
+    return f"{decoding}, at most {generation['max_new_tokens']} tokens, image {generation['image_mode']}"
 
 
 def notes(run: Path, found: dict[str, dict]) -> list[str]:
     """What decides whether a number may be compared: protocol, size, decoding, warnings."""
     lines = []
     for name, result in found.items():
-        made = result["generation"] if isinstance(result["generation"], list) else [result["generation"]]
-        how = sorted({json.dumps(g["decoding"]) + f", at most {g['max_new_tokens']} tokens, image {g['image_mode']}"
-                      if g else "decoding not recorded" for g in made})  # fmt: skip
+        generations = result["generation"] if isinstance(result["generation"], list) else [result["generation"]]
+        how = sorted({how_made(generation) for generation in generations})
         lines.append(f"{run}, {name}: {result['protocol']}; n {result['n']}; {'; '.join(how)}")
         lines += [f"{run}, {name}: warning: {warning}" for warning in result["warnings"]]
     return lines
 
 
 def table(runs: list[Path]) -> str:
-    found = {run: results(run) for run in runs}
-    rows = [["run", *(c[0] for c in COLUMNS)]] + [[str(run), *cells(f)] for run, f in found.items()]
-    rows += [[f"{name} (the paper's)", *numbers.split(), "-", "-"] for name, numbers in PAPER]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
-    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-    below = [note for run, f in found.items() for note in notes(run, f)]
-    return "\n".join(lines) + "\n\n" + "".join(f"- {note}\n" for note in below)
+    rows = [["run", *(column.heading for column in COLUMNS)]]
+    below = []
+    for run in runs:
+        found = results(run)
+        rows.append([str(run), *(cell(found, column) for column in COLUMNS)])
+        below += [f"- {note}" for note in notes(run, found)]
+    for name, numbers in PAPER:
+        rows.append([f"{name} (the paper's)", *numbers.split(), "-", "-"])  # it does not report POPE
+    return markdown(rows) + "\n\n" + "".join(f"{line}\n" for line in below)
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """A Markdown table, the first row its heading, columns as wide as their widest cell."""
+    widths = [max(len(text) for text in column) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        padded = [text.ljust(width) for text, width in zip(row, widths, strict=True)]
+        lines.append("| " + " | ".join(padded) + " |")
+    rule = "|".join("-" * (width + 2) for width in widths)
+    return "\n".join([lines[0], f"|{rule}|", *lines[1:]])
 
 
 # ---- curves --------------------------------------------------------------------------------------------------------
 
-PANELS: list[tuple[str, Callable[[dict, float], float]]] = [  # title, what of a log row (and beta)
-    ("loss", lambda row, beta: row["loss"]),
-    ("reward margin, chosen − rejected", lambda row, beta: row["rewards/margins"]),
-    ("log π/π_ref of the chosen answer, nats", lambda row, beta: row["rewards/chosen"] / beta),
+
+class Panel(NamedTuple):
+    title: str
+    unit: str
+    value: Callable[[dict, float], float | None]  # what of a log row, given beta; None where the run has no such thing
+
+
+PANELS = [
+    Panel("loss", "nats per pair", lambda row, beta: row["loss"]),
+    Panel("margin: chosen − rejected", "reward", lambda row, beta: row["rewards/margins"]),
+    Panel("image margin: m_w − m_l", "reward", lambda row, beta: row.get("rewards/image_margins")),
+    Panel("log π/π_ref of the chosen answer", "nats", lambda row, beta: row["rewards/chosen"] / beta),
 ]
-COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#7f7f7f")
-W, H, LEFT, TOP, GAP = 330, 220, 60, 30, 75  # of a panel, in pixels; its margins
 
 
 def read_log(run: Path) -> tuple[list[dict], float]:
@@ -108,64 +144,49 @@ def read_log(run: Path) -> tuple[list[dict], float]:
     rows = [files.parse_json(line, f"{log}:{n}") for n, line in enumerate(lines, 1)]
     if not rows:
         raise SystemExit(f"{log}: no complete step yet")
-    return list({row["step"]: row for row in rows}.values()), files.read_json(args)["beta"]
+    by_step = {row["step"]: row for row in rows}
+    return list(by_step.values()), files.read_json(args)["beta"]
 
 
 def smooth(values: list[float]) -> list[float]:
     """The mean of the last twentieth of the run at each step, at most what there is."""
     window = max(1, len(values) // 20)
-    return [sum(v := values[max(0, i + 1 - window) : i + 1]) / len(v) for i in range(len(values))]
+    parts = [values[max(0, end - window) : end] for end in range(1, len(values) + 1)]
+    return [mean(part) for part in parts]
 
 
-def panel(title: str, curves: list[tuple[list[int], list[float]]], x0: int) -> str:
-    """One plot: each run's values, pale, and their moving mean."""
-    last = max(max(steps) for steps, _ in curves) or 1
-    low, high = min(min(v) for _, v in curves), max(max(v) for _, v in curves)
-    high = high if high > low else low + 1
-    out = [f'<text x="{x0}" y="{TOP - 12}" font-weight="bold">{escape(title)}</text>']
-    for i in range(5):
-        value, y = low + (high - low) * i / 4, TOP + H - H * i / 4
-        out.append(f'<path d="M{x0} {y:.0f}h{W}" stroke="#ddd"/>')
-        out.append(f'<text x="{x0 - 6}" y="{y + 4:.0f}" text-anchor="end">{value:.3g}</text>')
-        out.append(f'<text x="{x0 + W * i / 4:.0f}" y="{TOP + H + 18}" text-anchor="middle">{last * i // 4}</text>')
-    if low < 0 < high:
-        out.append(f'<path d="M{x0} {TOP + H + H * low / (high - low):.1f}h{W}" stroke="#888" stroke-dasharray="4"/>')
-    for (steps, values), colour in zip(curves, COLOURS, strict=False):
-        for line, style in ((values, 'opacity="0.25"'), (smooth(values), 'stroke-width="2"')):
-            points = " ".join(f"{x0 + W * s / last:.1f},{TOP + H - H * (v - low) / (high - low):.1f}"
-                              for s, v in zip(steps, line, strict=True))  # fmt: skip
-            out.append(f'<polyline points="{points}" fill="none" stroke="{colour}" {style}/>')
-    return "\n".join(out)
-
-
-def draw(runs: list[Path]) -> str:
-    """The three panels and a legend as SVG."""
-    if len(runs) > len(COLOURS):
-        raise SystemExit(f"{len(runs)} runs: at most {len(COLOURS)} can be told apart in one picture")
-    logs = [read_log(run) for run in runs]
-    width, height = len(PANELS) * (W + GAP) + LEFT, TOP + H + 40 + 18 * len(runs)
-    out = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" '
-           'font-size="12"><rect width="100%" height="100%" fill="white"/>']  # fmt: skip
-    for i, (title, value) in enumerate(PANELS):
-        curves = [([row["step"] for row in log], [value(row, beta) for row in log]) for log, beta in logs]
-        out.append(panel(title, curves, LEFT + i * (W + GAP)))
-    for i, (run, colour) in enumerate(zip(runs, COLOURS, strict=False)):
-        y = TOP + H + 40 + 18 * i
-        out.append(f'<path d="M{LEFT} {y}h30" stroke="{colour}" stroke-width="2"/>')
-        out.append(f'<text x="{LEFT + 38}" y="{y + 4}">{escape(str(run))}</text>')
-    return "\n".join([*out, "</svg>\n"])
+def draw(runs: list[Path], file: Path):
+    """The four panels and a legend, as a file; each run pale, and its moving mean. Returns the figure."""
+    logs = {run: read_log(run) for run in runs}
+    figure = plotting.new_figure(file, width=12.0, height=6.5)
+    for axes, panel in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
+        plotting.clean(axes)
+        for i, (run, (rows, beta)) in enumerate(logs.items()):
+            steps = [row["step"] for row in rows]
+            values = [panel.value(row, beta) for row in rows]
+            if None in values:
+                continue  # an objective without m_l has no image margin
+            axes.plot(steps, values, color=f"C{i}", alpha=0.25)
+            axes.plot(steps, smooth(values), color=f"C{i}", linewidth=2, label=str(run))
+        axes.set_title(panel.title, loc="left")
+        axes.set_xlabel("optimiser step")
+        axes.set_ylabel(panel.unit)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", frameon=False)
+    figure.savefig(file, dpi=150)
+    return figure
 
 
 def main(argv=None) -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
     p.add_argument("--table", action="store_true", help="print the benchmarks' results beside the paper's")
-    p.add_argument("--curves", type=Path, help="file for the picture of the training curves (SVG)")
+    p.add_argument("--curves", type=Path, help="file for the picture of the training curves: .png, .svg, .pdf")
     args = p.parse_args(argv)
     if not args.table and not args.curves:
         p.error("give --table, --curves FILE or both")
     if args.curves:
-        args.curves.write_text(draw(args.runs), encoding="utf-8")
+        draw(args.runs, args.curves)
         print(f"{args.curves}: training curves of {len(args.runs)} runs, by optimiser step")
     if args.table:
         print(table(args.runs))

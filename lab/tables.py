@@ -1,9 +1,11 @@
 """The papers' tables in miniature: every row of them trained and scored in the toy world, seed by seed.
 
     python -m lab.tables --seeds 6 7 8 9 10 --out DIR      resumable: a row that is there is not trained again
+    python -m lab.tables --figure judge.png                redraws the README's figure from the committed numbers
 
 Each seed has its own scenes, base, pairs and test scenes. Rows stand in GROUPS in the order of their worth, and a group
-is finished for all seeds before the next begins, so that a run that is stopped early leaves whole tables.
+is finished for all seeds before the next begins, so that a run that is stopped early leaves whole tables. DIR/tables.md
+has the tables with what holds and what does not (lab/claims.py), DIR/study.json their numbers.
 """
 
 import argparse
@@ -11,13 +13,15 @@ import json
 import re
 import shutil
 from pathlib import Path
+from statistics import mean
 from typing import NamedTuple
 
 import torch
 
 import toy
 import train
-from external.files import read_json, write_json, write_rows
+from external.files import read_json, write_json, write_rows, write_text
+from lab import claims, figure, plotting
 
 # ---- rows ----------------------------------------------------------------------------------------------------------
 
@@ -114,6 +118,7 @@ def train_row(world: Path, name: str, seed: int) -> Path | None:
         return None
     out = world / slug(name)
     if (out / "adapter_model.safetensors").is_file():  # written last
+        print(f"{out}: trained already")
         return out
     if out.exists():
         shutil.rmtree(out)  # what a stopped run left
@@ -141,18 +146,55 @@ def score_row(world: Path, name: str, seed: int) -> dict:
     return result
 
 
+def collect(out: Path, seeds: list[int]) -> dict:
+    """Of the rows that every seed has: each score, one value per seed, and the mean curve of the chosen log-prob."""
+    rows, curves = {}, {}
+    for name in ROWS:
+        files = [out / f"seed-{seed}" / "rows" / f"{slug(name)}.json" for seed in seeds]
+        if not all(file.is_file() for file in files):
+            continue
+        results = [read_json(file) for file in files]
+        rows[name] = {score: [result["scores"][score] for result in results] for score in results[0]["scores"]}
+        steps = zip(*(result["chosen_by_step"] for result in results), strict=True)
+        curves[name] = [mean(values) for values in steps]
+    return {"seeds": seeds, "rows": rows, "chosen_by_step": curves}
+
+
+def report(out: Path, seeds: list[int]) -> None:
+    """study.json, and with two seeds or more tables.md and the figures."""
+    study = collect(out, seeds)
+    write_json(out / "study.json", study)
+    if len(seeds) < 2:
+        print(f"{out}: study.json; intervals need at least two --seeds")
+        return
+    text = "\n".join(claims.write(table, study["rows"]) for table in claims.TABLES)
+    write_text(out / "tables.md", text)
+    print(f"\n{text}\n{out}: study.json, tables.md")
+
+
 def main(argv=None) -> None:
     torch.set_num_threads(1)  # models this small gain little from a second, and waiting for a shared core costs minutes
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--seeds", type=int, nargs="+", default=[6, 7, 8, 9, 10])
-    p.add_argument("--out", type=Path, required=True, help="folder of the results, a folder per seed in it")
+    p.add_argument("--out", type=Path, help="folder of the results, a folder per seed in it")
     p.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS), help="which rows")
+    p.add_argument("--figure", type=Path, help="draw the README's figure: from --out, else from the committed numbers")
     args = p.parse_args(argv)
-    for group in args.groups:
-        for seed in args.seeds:
-            world = toy.make_world(args.out / f"seed-{seed}", seed)
-            for name in GROUPS[group]:
-                score_row(world, name, seed)
+    if not args.out and not args.figure:
+        p.error("give --out DIR, --figure FILE or both")
+    if args.figure:
+        plotting.new_figure(args.figure, 1, 1)  # a wrong ending or a missing matplotlib is told now, not after an hour
+    if args.out:
+        for group in args.groups:
+            for seed in args.seeds:
+                world = toy.make_world(args.out / f"seed-{seed}", seed)
+                for name in GROUPS[group]:
+                    score_row(world, name, seed)
+        report(args.out, args.seeds)
+    if args.figure:
+        study = read_json(args.out / "study.json") if args.out else read_json(figure.STUDY)
+        figure.draw(args.figure, study)
+        print(args.figure)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The table's numbers are the results', scaled as in the paper; the curves' points lie where the arithmetic says."""
+"""The table's numbers are the results', scaled as in the paper; the curves show what the log says."""
 
 import json
-import xml.etree.ElementTree as ET
+import sys
 
 import pytest
 
@@ -94,19 +94,48 @@ def write_log(folder, rows: list[tuple], beta: float, tail: str = ""):
 def test_points_of_the_curves(tmp_path):
     a = write_log(tmp_path / "a", [(0, 2.0, 0.0, 0.0), (1, 1.5, 0.5, 0.2), (2, 1.0, 1.0, -0.4)], 0.1, '{"step": 3, "lo')
     b = write_log(tmp_path / "b & c", [(0, 2.0, 0.0, 0.0), (4, 1.0, 0.5, 0.1)], 0.5)
-    report.main([str(a), str(b), "--curves", str(tmp_path / "c.svg")])
-    svg = ET.parse(tmp_path / "c.svg").getroot()
-    tag = "{http://www.w3.org/2000/svg}"
-    lines = svg.findall(f"{tag}polyline")
-    assert len(lines) == 3 * 2 * 2  # panels, runs, pale and smooth
-    # loss: the last step is 4, the range 1 to 2. x = 60 + 330 s / 4, y = 30 + 220 - 220 (v - 1)
-    assert lines[0].get("points") == "60.0,30.0 142.5,140.0 225.0,250.0"
-    assert lines[2].get("points") == "60.0,30.0 390.0,250.0"
-    # the chosen answers: r / beta = 0, 2, -4 and 0, 0.2; x from 60 + 2 x 405 = 870; y = 250 - 220 (v + 4) / 6
-    assert lines[8].get("points") == "870.0,103.3 952.5,30.0 1035.0,250.0"
-    assert lines[10].get("points") == "870.0,103.3 1200.0,96.0"
-    texts = [t.text for t in svg.findall(f"{tag}text")]
-    assert str(b) in texts and "loss" in texts
+    figure = report.draw([a, b], tmp_path / "c.png")
+    loss, margin, image_margin, chosen = figure.axes
+    assert [line.get_xydata().tolist() for line in loss.lines[::2]] == [  # the others are the moving means
+        [[0, 2.0], [1, 1.5], [2, 1.0]],
+        [[0, 2.0], [4, 1.0]],
+    ]
+    assert margin.lines[0].get_ydata().tolist() == [0.0, 0.5, 1.0]
+    assert chosen.lines[0].get_ydata().tolist() == pytest.approx([0.0, 2.0, -4.0])  # r / beta with beta 0.1
+    assert chosen.lines[2].get_ydata().tolist() == pytest.approx([0.0, 0.2])  # and with 0.5
+    assert len(image_margin.lines) == 0  # neither run has an m_l
+    assert loss.get_xlabel() == "optimiser step" and chosen.get_ylabel() == "nats"
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [str(a), str(b)]
+
+
+def test_the_image_margin_is_drawn_where_there_is_one(tmp_path):
+    with_m_l = write_log(tmp_path / "mdpo", [(0, 2.0, 0.0, 0.0), (1, 1.5, 0.5, 0.2)], 0.1)
+    rows = [json.loads(line) | {"rewards/image_margins": 0.25} for line in open(with_m_l / "log.jsonl")]
+    (with_m_l / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    without = write_log(tmp_path / "dpo", [(0, 2.0, 0.0, 0.0)], 0.1)
+    figure = report.draw([without, with_m_l], tmp_path / "c.svg")
+    assert [line.get_ydata().tolist() for line in figure.axes[2].lines] == [[0.25, 0.25], [0.25, 0.25]]
+
+
+@pytest.mark.parametrize("name, start", [("c.png", b"\x89PNG"), ("c.svg", b"<?xml"), ("c.pdf", b"%PDF")])
+def test_the_ending_decides_the_kind_of_file(tmp_path, name, start):
+    run = write_log(tmp_path / "a", [(0, 2.0, 0.0, 0.0)], 0.1)
+    report.main([str(run), "--curves", str(tmp_path / name)])
+    assert (tmp_path / name).read_bytes().startswith(start)
+
+
+def test_an_ending_that_matplotlib_does_not_write(tmp_path):
+    run = write_log(tmp_path / "a", [(0, 2.0, 0.0, 0.0)], 0.1)
+    with pytest.raises(SystemExit, match="c.txt: no picture can be written with the ending '.txt'; known: .*png"):
+        report.main([str(run), "--curves", str(tmp_path / "c.txt")])
+    assert not (tmp_path / "c.txt").exists()
+
+
+def test_without_matplotlib_the_message_has_the_command(tmp_path, monkeypatch):
+    run = write_log(tmp_path / "a", [(0, 2.0, 0.0, 0.0)], 0.1)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # as if it were not installed
+    with pytest.raises(SystemExit, match="pip install 'matplotlib>=3.8'"):
+        report.main([str(run), "--curves", str(tmp_path / "c.png")])
 
 
 def test_smoothing_is_the_mean_of_the_last_twentieth():
