@@ -16,6 +16,8 @@ Deviations from the papers and their releases
    prompt (its picture, even) or both responses.
 """
 
+import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -165,6 +167,11 @@ class Example(NamedTuple):
     draw: int = 0  # the epoch whose m_l this is
     spec: ImageSpec = ImageSpec()  # how the levels are normalised, once they are on the device
 
+    def tokens(self) -> int:
+        """Tokens of a packed row: each prompt once, each response once."""
+        after_m_w = len(self.prompt) + len(self.chosen) + len(self.rejected)
+        return after_m_w if self.image_rejected is None else after_m_w + len(self.prompt) + len(self.chosen)
+
 
 class LostPicture(ValueError):
     """A picture that could be opened when the data was checked, and no longer can."""
@@ -217,6 +224,15 @@ class PairData(Dataset):
         m_w = pictures.levels(image, example.spec)
         m_l = self.image_rejected(index, image, example.draw) if self.strategy else None
         return example._replace(image=m_w, image_rejected=m_l)
+
+    def digest(self) -> str:
+        """sha256 of all texts and of the pictures' names or bytes, in order."""
+        h = hashlib.sha256()
+        for pair in self.pairs:
+            h.update(json.dumps([pair.row, pair.id, pair.prompt, pair.chosen, pair.rejected]).encode())
+            for image in (pair.image, pair.image_rejected):
+                h.update(image.name.encode() if isinstance(image, Path) else image or b"-")
+        return h.hexdigest()
 
     def without_pixels(self, key: tuple[int, int]) -> Example:
         """The example with empty tensors for its pictures: all that its length depends on."""

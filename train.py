@@ -18,9 +18,10 @@ import argparse
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+import shlex
+import sys
+from collections.abc import Callable
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,16 +34,17 @@ from bases.adapter import save_adapter
 from bases.architectures import architecture_of
 from bases.checkpoint import SOURCES, load_base
 from bases.tokenizer import load_processor
-from data import MAX_LENGTH, EpochSampler, Example, PairData, collate
+from data import MAX_LENGTH, Example, PairData, collate
+from engine import distributed
+from engine.batches import batches, plan_steps, workers_watched
 from engine.device import autocast_for, choose_device, compile_blocks
-from engine.loading import example_loader
-from engine.memory import find_room
-from engine.run_folder import Run, new_folder
+from engine.memory import Room, find_room
+from engine.run_folder import Run, environment, probe
+from external.flags import names_of, number, whole
 from formats import hub_data
 from formats.problems import Demands, examine, usable
 from formats.readers import read_pairs
 from lora import add_lora, lora_disabled, lora_modules
-from losses import Logps
 from model import LLaVA
 
 MDPO = dict(
@@ -83,21 +85,20 @@ RECIPES = {
 
 def train(args: argparse.Namespace) -> Path:
     """One recipe: mDPO 4.1 as a loop. Returns the run folder."""
-    device = choose_device()
+    world, device = distributed.join(), choose_device()
+    probe(run_folder_of(args), args.resume)
     model, data = load_base_and_data(args, device)
     targets = architecture_of(model).lora_targets
     parameters = add_lora(model, args.lora_r, args.lora_alpha, seed=args.seed, targets=targets)
     path = fast_path(model, args.compile, args.reference) if args.pack else plain_path(model)
     size = args.tokens_per_batch if args.pack else args.micro_batch
-    room = find_room(path, model, parameters, data, args.batch, size, args.checkpointing)
+    room = world.agree(find_room(path, model, parameters, data, args.batch, size, args.checkpointing))
     optimizer = make_optimizer(parameters, args.lr, args.adam_beta2, args.weight_decay)
-    steps_per_epoch = math.ceil(len(data) / args.batch)
-    steps = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
-    run = start_run(args, model, data, steps, steps_per_epoch)
+    run = start_run(args, world, model, data, path, room, optimizer)
 
-    for step, examples in batches(data, args.batch, args.epochs, steps, args.seed, args.workers):
+    for step, examples, step_size in batches(data, run.plan, run.step, args.workers):
         # 1. learning rate: linear warm-up, then half a cosine
-        lr = lr_at(step, steps, args.warmup, args.lr)
+        lr = lr_at(step, run.steps, args.warmup, args.lr)
         set_lr(optimizer, lr)
 
         # 2. gradients, micro-batch by micro-batch
@@ -110,10 +111,11 @@ def train(args: argparse.Namespace) -> Path:
                 r = losses.rewards(policy, reference, args.beta)  # r = beta (log pi_theta - log pi_ref)
                 terms = losses.mdpo_terms(r, args.delta, args.terms, args.anchors)
                 loss = sum(terms.values())  # L_DPO + L_CoPO + L_AncPO, (B,)
-                (loss.sum() / len(examples)).backward()  # a mean over the step's examples, not over micro-batches
+                (loss.sum() / step_size).backward()  # a mean over the step's examples, not over micro-batches
                 run.add(losses.metrics(policy, r, terms))
 
         # 3. step
+        world.add_up(parameters, run)  # with several GPUs: the sum over all ranks
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip)
         run.stop_if_not_finite(step, grad_norm, examples)
         optimizer.step()
@@ -122,18 +124,6 @@ def train(args: argparse.Namespace) -> Path:
         # 4. log, and save where an epoch ends
         run.log(step, lr, grad_norm)
     return run.finish()
-
-
-def batches(
-    data: PairData, batch: int, epochs: int, steps: int, seed: int, workers: int
-) -> Iterator[tuple[int, list[Example]]]:
-    """(step, its examples). Every epoch has its own order; its last batch holds what is left."""
-    sampler = EpochSampler(len(data), epochs, seed)
-    examples = example_loader(data, sampler, workers, batch)
-    steps_per_epoch = math.ceil(len(data) / batch)
-    for step in range(steps):
-        seen = step % steps_per_epoch * batch  # of this epoch
-        yield step, list(islice(examples, min(batch, len(data) - seen)))
 
 
 def lr_at(step: int, steps: int, warmup: float, peak: float) -> float:
@@ -162,7 +152,7 @@ class ScoringPath(NamedTuple):
     autocast: contextlib.AbstractContextManager
 
 
-def live_reference(model, batch, score: Callable) -> Logps:
+def live_reference(model, batch, score: Callable) -> losses.Logps:
     """log pi_ref: the same weights with the adapter off, one more pass."""
     with torch.no_grad(), lora_disabled(model):
         return score(model, batch)
@@ -237,8 +227,39 @@ def make_optimizer(parameters: list, lr: float, beta2: float, weight_decay: floa
     return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, beta2), weight_decay=weight_decay, fused=fused)
 
 
-def start_run(args: argparse.Namespace, model: LLaVA, data: PairData, steps: int, steps_per_epoch: int) -> Run:
-    """The run's folder, with all that decides the run in args.json."""
+def run_folder_of(args: argparse.Namespace) -> Path:
+    return args.out or Path("runs") / f"{Path(args.base).name}-{args.recipe}-{args.seed}"
+
+
+def start_run(
+    args: argparse.Namespace,
+    world: distributed.World,
+    model: LLaVA,
+    data: PairData,
+    path: ScoringPath,
+    room: Room,
+    optimizer: torch.optim.AdamW,
+) -> Run:
+    """The run in its folder, begun or resumed."""
+    steps_per_epoch = math.ceil(len(data) / args.batch)
+    steps = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
+    repository = SOURCES.get(args.base, (args.base,))[0]  # what PEFT looks for beside the adapter
+    return Run(
+        folder=run_folder_of(args),
+        settings=settings_of(args, model, data),
+        plan=plan_steps(data, args.batch, args.epochs, steps, world),
+        steps_per_epoch=steps_per_epoch,
+        model=model,
+        optimizer=optimizer,
+        room=room,
+        reference=path.reference if args.reference == "cached" else None,
+        save_adapter=partial(save_adapter, model, base=repository),
+        world=world,
+    )
+
+
+def settings_of(args: argparse.Namespace, model: LLaVA, data: PairData) -> dict:
+    """All that decides the run, for args.json; prints what is trained on what."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     weight = model.lm_head.weight
@@ -248,32 +269,13 @@ def start_run(args: argparse.Namespace, model: LLaVA, data: PairData, steps: int
     )
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     settings["rejected_image"] = data.strategy
-    repository = SOURCES.get(args.base, (args.base,))[0]  # what PEFT looks for beside the adapter
-    save = partial(save_adapter, model, base=repository)
-    out = args.out or Path("runs") / f"{Path(args.base).name}-{args.recipe}-{args.seed}"
-    return Run(new_folder(out), settings, steps, steps_per_epoch, save)
+    settings["pairs"] = len(data)
+    settings["data_sha256"] = data.digest()
+    settings["made"] = environment(weight.device)
+    return settings
 
 
 # ---- flags ---------------------------------------------------------------------------------------------------------
-
-
-def one_of(known: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
-    """A type for argparse: names out of `known`, separated by commas."""
-
-    def names(text: str) -> tuple[str, ...]:
-        given = tuple(text.split(","))
-        if unknown := [name for name in given if name not in known]:
-            raise argparse.ArgumentTypeError(f"unknown {', '.join(unknown)}; choose from {', '.join(known)}")
-        return given
-
-    return names
-
-
-def positive(text: str) -> int:
-    """A type for argparse: a whole number of at least 1."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be a whole number of at least 1")
-    return int(text)
 
 
 def layers(text: str) -> int:
@@ -304,38 +306,41 @@ def parse_args(argv=None) -> argparse.Namespace:
     g.add_argument("--out", type=Path, help="run folder, must be empty or new; else runs/BASE-RECIPE-SEED")
 
     g = p.add_argument_group("objective")
-    g.add_argument("--terms", type=one_of(losses.TERMS), help="which of dpo,copo,ancpo")
-    g.add_argument("--anchors", type=one_of(losses.ANCHORS), help="AncPO holds w above delta, l and m_l below it")
-    g.add_argument("--beta", type=float, help="temperature of the rewards")
+    g.add_argument("--terms", type=names_of(losses.TERMS), help="which of dpo,copo,ancpo")
+    g.add_argument("--anchors", type=names_of(losses.ANCHORS), help="AncPO holds w above delta, l and m_l below it")
+    g.add_argument("--beta", type=number(0.0, above=True), help="temperature of the rewards")
     g.add_argument("--delta", type=float, help="anchor, outside beta")
     g.add_argument("--rejected-image", type=pictures.strategy, metavar="STRATEGY", help=pictures.STRATEGY_HELP)
     g.add_argument("--crop-every-epoch", default=True, action=yes_no, help="draw m_l anew each epoch, else epoch 0's")
 
     g = p.add_argument_group("optimisation")
-    g.add_argument("--lr", type=float, help="peak learning rate")
-    g.add_argument("--epochs", type=positive)
-    g.add_argument("--batch", type=positive, help="pairs per optimiser step")
-    g.add_argument("--warmup", type=float, help="share of the steps with rising learning rate")
-    g.add_argument("--adam-beta2", type=float)
-    g.add_argument("--weight-decay", type=float)
-    g.add_argument("--clip", type=float, help="largest gradient norm")
-    g.add_argument("--lora-r", type=positive)
-    g.add_argument("--lora-alpha", type=float)
-    g.add_argument("--max-steps", type=positive, help="stop after this many steps; the schedule ends there too")
-    g.add_argument("--seed", type=int, default=0, help="order of the data, m_l, LoRA's A")
+    g.add_argument("--lr", type=number(0.0, above=True), help="peak learning rate")
+    g.add_argument("--epochs", type=whole(1))
+    g.add_argument("--batch", type=whole(1), help="pairs per optimiser step")
+    g.add_argument("--warmup", type=number(0.0, 1.0), help="share of the steps with rising learning rate")
+    g.add_argument("--adam-beta2", type=number(0.0, 0.999999))
+    g.add_argument("--weight-decay", type=number(0.0))
+    g.add_argument("--clip", type=number(0.0, above=True), help="largest gradient norm")
+    g.add_argument("--lora-r", type=whole(1))
+    g.add_argument("--lora-alpha", type=number(0.0, above=True))
+    g.add_argument("--max-steps", type=whole(1), help="stop after this many steps; the schedule ends there too")
+    g.add_argument("--seed", type=whole(0), default=0, help="order of the data, m_l, LoRA's A")
 
     g = p.add_argument_group("data and machine")
-    g.add_argument("--max-length", type=positive, default=MAX_LENGTH, help="longest prompt + response, in tokens")
+    g.add_argument("--max-length", type=whole(1), default=MAX_LENGTH, help="longest prompt + response, in tokens")
     g.add_argument("--cut-long", action="store_true", help="cut the response of a longer example, instead of stopping")
     g.add_argument("--skip-bad", action="store_true", help="leave out rows that cannot be used, instead of stopping")
     g.add_argument("--bunny-template", default="tuned", choices=("tuned", "released"), help="blank before a response")
-    g.add_argument("--workers", type=int, default=2, help="processes that prepare pictures")
+    g.add_argument("--workers", type=whole(0), default=2, help="processes that prepare pictures")
     g.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the base; on CUDA bfloat16")
-    g.add_argument("--micro-batch", type=positive, default=1, help="pairs per forward of the plain path")
+    g.add_argument("--micro-batch", type=whole(1), default=1, help="pairs per forward of the plain path")
+
+    g.add_argument("--resume", action="store_true", help="go on after the last checkpoint of the run in --out")
+    g.add_argument("--save-every", type=whole(1), help="steps between checkpoints; else ten minutes and each epoch")
 
     g = p.add_argument_group("speed (engine/)")
     g.add_argument("--pack", default=cuda, action=yes_no, help="shared-prefix rows without padding")
-    g.add_argument("--tokens-per-batch", type=positive, help="packed tokens per forward; on CUDA as many as fit")
+    g.add_argument("--tokens-per-batch", type=whole(1), help="packed tokens per forward; on CUDA as many as fit")
     g.add_argument("--reference", choices=("live", "cached"), help="reference log-probs; with --pack cached")
     g.add_argument("--compile", action=yes_no, help="torch.compile the decoder block; on CUDA with --pack")
     g.add_argument("--checkpointing", type=layers, help="recompute none, full or N layers; on CUDA as few as fit")
@@ -350,6 +355,8 @@ def parse_args(argv=None) -> argparse.Namespace:
         p.error("--compile needs a CUDA device")
     args.reference = args.reference or ("cached" if args.pack else "live")
     args.compile = args.pack and cuda if args.compile is None else args.compile
+    given = sys.argv[1:] if argv is None else list(argv)
+    args.command = shlex.join(["python", "train.py", *[word for word in given if word != "--resume"], "--resume"])
     if not args.data and args.base != "toy":  # the paper's own run
         args.data = "pds-dpo" if args.recipe == "pds-dpo" else hub_data.DEFAULT
     return args
@@ -360,18 +367,25 @@ def train_toy(args: argparse.Namespace) -> None:
     if args.weights:
         raise SystemExit("--weights: the toy base is trained here. For one that is ready, give its folder as --base.")
     torch.set_num_threads(1)  # models this small gain little from a second, and waiting for a shared core costs minutes
-    world = toy.make_world((args.out.parent if args.out else Path("runs")) / f"toy-world-{args.seed}", args.seed)
-    own = dict(weights=world / "base", data=args.data or world / "pairs" / "train.jsonl")
+    folder = (args.out.parent if args.out else Path("runs")) / f"toy-world-{args.seed}"
+    world = distributed.join()
+    if world.main:
+        toy.make_world(folder, args.seed)
+    world.wait()
+    own = dict(weights=folder / "base", data=args.data or folder / "pairs" / "train.jsonl")
     run = train(argparse.Namespace(**vars(args) | own))
-    toy.score_rows(world, {args.recipe: run}, run, args.seed)
+    if world.main:
+        toy.score_rows(folder, {args.recipe: run}, run, args.seed)
 
 
 def main(argv=None) -> None:
     args = parse_args(argv)
-    if args.base == "toy":
-        train_toy(args)
-    else:
-        train(args)
+    with workers_watched():
+        if args.base == "toy":
+            train_toy(args)
+        else:
+            train(args)
+    distributed.leave()
 
 
 if __name__ == "__main__":

@@ -46,3 +46,13 @@ class CachedReference:
         if not with_image:
             return Logps(chosen, rejected)
         return Logps(chosen, rejected, torch.tensor([self.image[draw] for draw in draws], device=device))
+
+    def state(self) -> dict:
+        """What is known, as JSON; floats are written so that they are read back to the bit."""
+        text = [[row, chosen, rejected] for row, (chosen, rejected) in self.text.items()]
+        image = [[row, draw, logp] for (row, draw), logp in self.image.items()]
+        return {"text": text, "image": image}
+
+    def load(self, state: dict) -> None:
+        self.text.update({row: (chosen, rejected) for row, chosen, rejected in state["text"]})
+        self.image.update({(row, draw): logp for row, draw, logp in state["image"]})

@@ -1,42 +1,144 @@
-"""The folder of a run: args.json, log.jsonl, an adapter per epoch and the last one; and the line on the screen."""
+"""The folder of a run: args.json, log.jsonl, checkpoints, adapters; and the line on the screen.
 
+A run that was stopped, by a signal, a full disk or a power cut, is resumed by the same command and --resume: from its
+last whole checkpoint (engine/state.py), with a log that has each step once.
+"""
+
+import importlib.metadata
 import json
 import math
+import os
+import platform
+import signal
+import subprocess
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import Example
-from engine.memory import peak_gib
+from engine import state
+from engine.distributed import World
+from engine.memory import Room, peak_gib
 from external import files
 
 HEADER = f"{'step':>11} |   loss |    dpo    copo   ancpo |  margin   image |  acc |      lr | gnorm | pairs/s |   GiB"
+SAVE_SECONDS = 600  # between checkpoints, where --save-every does not say
+FREE = ("workers", "out", "resume", "save_every", "command", "made")  # may differ when a run is resumed
 
 
-def new_folder(folder: Path) -> Path:
-    """The folder, created. SystemExit if something is already in it."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+# ---- the folder ----------------------------------------------------------------------------------------------------
+
+
+def probe(folder: Path, resume: bool) -> None:
+    """SystemExit if a run in this folder could not begin, or be resumed; nothing is written."""
+    if folder.exists() and not folder.is_dir():
+        raise SystemExit(f"{folder}: is a file. Give another --out.")
+    begun = (folder / "args.json").exists()
+    if resume and not begun:
+        raise SystemExit(f"{folder}: no run to resume (no args.json in it). Leave --resume out to begin one.")
+    if begun and not resume:
+        raise SystemExit(f"{folder}: a run was begun here. Resume it with --resume, or give another --out.")
+    if not begun and folder.exists() and any(folder.iterdir()):
         raise SystemExit(f"{folder}: not empty. Give another --out, or remove it; a run never overwrites another.")
+    nearest = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not os.access(nearest, os.W_OK):
+        raise SystemExit(f"{nearest}: not writable. Give another --out.")
+
+
+def lock(folder: Path) -> FileLock:
+    """The run folder as ours alone, until this process ends. SystemExit if another run is in it."""
     folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    held = FileLock(folder / ".lock")
+    try:
+        held.acquire(timeout=0)
+    except Timeout:
+        raise SystemExit(f"{folder}: another process is training in this folder. Give another --out.") from None
+    return held
 
 
+def compare_settings(folder: Path, settings: dict) -> None:
+    """SystemExit naming each setting that differs from those the run was begun with."""
+    old = files.read_json(folder / "args.json", dict)
+    now = json.loads(json.dumps(settings))  # tuples as lists, as the file has them
+    differ = []
+    for name in sorted((old.keys() | now.keys()) - set(FREE)):
+        if old.get(name) != now.get(name):
+            differ.append(f"{name} was {old.get(name)!r}, now {now.get(name)!r}")
+    if differ:
+        raise SystemExit(f"{folder}: begun with other settings: {'; '.join(differ)}. Resume with the same command.")
+
+
+def environment(device: torch.device) -> dict:
+    """What the numbers were made with, for args.json."""
+    root = Path(__file__).parents[1]
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True)
+    packages = ("torch", "safetensors", "tokenizers", "numpy", "pillow")
+    return {
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in packages},
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "commit": commit.stdout.strip() if commit.returncode == 0 else None,
+    }
+
+
+# ---- the run -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
 class Run:
-    """Adds up a step's metrics, stops at numbers that are not finite, writes the log and the adapter."""
+    """Adds up a step's metrics, stops at numbers that are not finite, writes log, checkpoints and adapters."""
 
-    def __init__(self, folder: Path, settings: dict, steps: int, steps_per_epoch: int, save: Callable[[Path], None]):
-        """Writes args.json and opens the log. `save(folder)` writes the adapter there."""
-        self.folder, self.steps, self.steps_per_epoch, self.save = folder, steps, steps_per_epoch, save
-        files.write_json(folder / "args.json", settings)
-        self.log_file = open(folder / "log.jsonl", "w", encoding="utf-8")
-        self.bar = tqdm(total=steps, desc=settings["recipe"], disable=None)
-        self.clock = time.perf_counter()
+    folder: Path
+    settings: dict  # of args.json
+    plan: list  # of each step: the examples of this process, how many there are in all
+    steps_per_epoch: int
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    room: Room
+    reference: Callable | None  # the cached one, whose numbers are saved with the checkpoints
+    save_adapter: Callable[[Path], None]
+    world: World
+
+    def __post_init__(self):
+        """Begins the run or, with settings["resume"], takes it up after its last whole checkpoint, at `step`."""
+        self.lock = lock(self.folder) if self.world.main else None
+        self.step, self.steps = 0, len(self.plan)
+        if self.settings["resume"]:
+            compare_settings(self.folder, self.settings)
+            self.step = state.read_newest(self.folder, self.model, self.optimizer, self.room, self.reference)
+            print(f"{self.folder}: resumed after {self.step} of {self.steps} steps")
+        self.stopped = 0  # the signal that asked for an end
+        self.listen()
         self.clear()
+        self.clock = self.saved = time.perf_counter()
+        if self.world.main:
+            with told(self.folder):
+                files.write_json(self.folder / "args.json", self.settings)
+                self.open_log()
+        self.bar = tqdm(total=self.steps, initial=self.step, desc=self.settings["recipe"], disable=None)
         print(HEADER)
+
+    def open_log(self) -> None:
+        """log.jsonl with the rows of the steps that are done, and no others."""
+        path = self.folder / "log.jsonl"
+        rows = []
+        if path.exists():
+            for text in path.read_text(encoding="utf-8").splitlines():
+                if text.endswith("}") and json.loads(text)["step"] < self.step:  # a last line may be torn
+                    rows.append(json.loads(text))
+        files.write_rows(path, rows)
+        self.log_file = open(path, "a", encoding="utf-8")
+
+    # -- a step --
 
     def clear(self) -> None:
         """Forgets what the step has added up so far."""
@@ -48,19 +150,25 @@ class Run:
             self.sums[name] += value.sum()
         self.examples += len(metrics["rewards/chosen"])
 
-    def stop_if_not_finite(self, step: int, grad_norm: Tensor, examples: list[Example]) -> None:
-        """SystemExit, before the optimizer steps, on a loss or a gradient that is not a number."""
-        loss = self.loss()
-        if not math.isfinite(loss) or not math.isfinite(grad_norm):
-            ids = [e.pair.id for e in examples]
-            raise SystemExit(f"step {step}: loss {loss}, gradient norm {float(grad_norm)} for examples {ids}")
-
     def loss(self) -> float:
         """The sum of the terms, a mean over the step's examples."""
         return float(sum(value for name, value in self.sums.items() if name.startswith("losses/"))) / self.examples
 
+    def stop_if_not_finite(self, step: int, grad_norm: Tensor, examples: list[Example]) -> None:
+        """SystemExit, before the optimizer steps, on a loss or a gradient that is not a number; ids are kept."""
+        loss = self.loss()
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            return
+        ids = [e.pair.id for e in examples]
+        found = {"step": step, "loss": str(loss), "grad_norm": str(float(grad_norm)), "examples": ids}
+        files.write_json(self.folder / f"not-finite-{self.world.rank}.json", found)
+        raise SystemExit(
+            f"step {step}: loss {loss}, gradient norm {float(grad_norm)} for examples {ids}. Nothing was updated; the "
+            f"checkpoints in {self.folder} are from before."
+        )
+
     def log(self, step: int, lr: float, grad_norm: Tensor) -> None:
-        """One row of log.jsonl and one line on the screen, means over the step's examples; an epoch's adapter."""
+        """One row of log.jsonl and one line on the screen, means over the step's examples; saves where it is time."""
         row = {"step": step, "epoch": step // self.steps_per_epoch, "loss": self.loss()}
         row |= {name: float(value) / self.examples for name, value in self.sums.items()}
         last, self.clock = self.clock, time.perf_counter()
@@ -68,20 +176,77 @@ class Run:
         row["grad_norm"] = float(grad_norm)
         row["pairs_per_s"] = self.examples / (self.clock - last)
         row["peak_gib"] = peak_gib(grad_norm.device)
-        self.log_file.write(json.dumps(row) + "\n")
-        self.log_file.flush()
+        epoch_ends = (step + 1) % self.steps_per_epoch == 0
+        if epoch_ends:
+            self.world.end_epoch(self.model, self.reference)
         self.bar.update()
-        self.bar.write(line(row, self.steps))
-        if (step + 1) % self.steps_per_epoch == 0:
-            self.save(self.folder / f"epoch-{row['epoch'] + 1}")
+        if self.world.main:
+            self.bar.write(line(row, self.steps))
+            with told(self.folder):
+                self.log_file.write(json.dumps(row) + "\n")
+                self.log_file.flush()
+                if epoch_ends:
+                    self.save_adapter(self.folder / f"epoch-{row['epoch'] + 1}")
+                if epoch_ends or self.stopped or self.is_time_to_save(step):
+                    state.write_checkpoint(self.folder, step + 1, self.model, self.optimizer, self.room, self.reference)
+                    self.saved = time.perf_counter()
+        if self.stopped:
+            self.end_early(step)
+
+    def is_time_to_save(self, step: int) -> bool:
+        if self.settings["save_every"]:
+            return (step + 1) % self.settings["save_every"] == 0
+        return time.perf_counter() - self.saved > SAVE_SECONDS
+
+    # -- the end --
+
+    def listen(self) -> None:
+        """SIGTERM and Ctrl-C finish the step, save and end the run; a second Ctrl-C ends at once."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+
+        def note(number, frame) -> None:
+            self.stopped = number
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            print(f"{signal.Signals(number).name}: the step is finished and saved first; Ctrl-C ends at once")
+
+        self.handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def end_early(self, step: int) -> None:
+        self.close()
+        print(
+            f"{self.folder}: stopped after {step + 1} of {self.steps} steps. Go on with\n    {self.settings['command']}"
+        )
+        raise SystemExit(128 + self.stopped)
+
+    def close(self) -> None:
+        for number, handler in getattr(self, "handlers", {}).items():
+            signal.signal(number, handler)
+        self.bar.close()
+        if self.world.main:
+            self.log_file.close()
+            self.lock.release()
 
     def finish(self) -> Path:
         """The last adapter; the run's folder."""
-        self.log_file.close()
-        self.bar.close()
-        self.save(self.folder)
+        if self.world.main:
+            with told(self.folder):
+                self.save_adapter(self.folder)
+        self.close()
         print(f"{self.folder}: adapter_model.safetensors, adapter_config.json, args.json, log.jsonl")
         return self.folder
+
+
+@contextmanager
+def told(folder: Path):
+    """Inside, a disk that is full or gone ends the run with a sentence."""
+    try:
+        yield
+    except OSError as e:
+        raise SystemExit(
+            f"{e.filename or folder}: {e.strerror}. What was saved before is whole; when there is room, the same "
+            "command with --resume takes the run up again."
+        ) from None
 
 
 def line(row: dict, steps: int) -> str:

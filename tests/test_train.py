@@ -45,9 +45,10 @@ def test_first_loss_is_ln2_per_term_and_the_loss_falls(tiny_base, pairs_file, tm
 def test_run_folder_and_log_keys(tiny_base, pairs_file, tmp_path):
     log, adapter = run(tiny_base, pairs_file, tmp_path / "run", "--batch", 2, "--epochs", 2)
     files = {str(p.relative_to(tmp_path / "run")) for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    state = {f"checkpoint-00000{n}/state.{kind}" for n in (3, 6) for kind in ("json", "safetensors")}
     adapter_files = {"adapter_model.safetensors", "adapter_config.json"}
     epochs = {f"epoch-{n}/{f}" for n in (1, 2) for f in adapter_files}
-    assert files == adapter_files | epochs | {"args.json", "log.jsonl"}
+    assert files == adapter_files | epochs | state | {"args.json", "log.jsonl", ".lock"}
     assert len(log) == 6  # 5 pairs in batches of 2, 2 and 1, twice: the short one is used
     assert len(adapter) == 2 * 7 * 2  # layers, linears, A and B
     wanted = """step loss losses/dpo losses/copo losses/ancpo rewards/chosen rewards/rejected rewards/image_rejected

@@ -1,0 +1,54 @@
+"""A step's examples: which ones, for which process, and prepared before the step needs them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+
+from data import EpochSampler, Example, PairData
+from engine.distributed import World, share
+from engine.loading import example_loader
+
+
+def plan_steps(
+    data: PairData, batch: int, epochs: int, steps: int, world: World
+) -> list[tuple[list[tuple[int, int]], int]]:
+    """For each step the (epoch, index) of the examples that this process takes, and how many the step has in all.
+
+    Every epoch has its own order; its last batch holds what is left. Several processes share by tokens, not by count.
+    """
+    keys = list(EpochSampler(len(data), epochs, data.seed))
+    plan, start = [], 0
+    for _ in range(steps):
+        left_in_epoch = len(data) - start % len(data)
+        size = min(batch, left_in_epoch)
+        own = step_keys = keys[start : start + size]
+        if world.size > 1:
+            lengths = [data.without_pixels(key).tokens() for key in step_keys]
+            own = [step_keys[i] for i in share(lengths, world)]
+        plan.append((own, size))
+        start += size
+    return plan
+
+
+def batches(data: PairData, plan: list, start: int, workers: int) -> Iterator[tuple[int, list[Example], int]]:
+    """(step, its examples, how many all processes have together) from step `start` on, prepared ahead by workers."""
+    left = plan[start:]
+    keys = [key for step_keys, _ in left for key in step_keys]
+    most = max((len(step_keys) for step_keys, _ in left), default=1)
+    examples = example_loader(data, keys, workers, most)
+    for step, (step_keys, size) in enumerate(left, start):
+        yield step, list(islice(examples, len(step_keys))), size
+
+
+@contextmanager
+def workers_watched():
+    """Inside, a killed worker process ends the run with a sentence; torch raises it wherever the run is just then."""
+    try:
+        yield
+    except RuntimeError as e:
+        if "DataLoader worker" not in str(e):
+            raise
+        raise SystemExit(
+            f"A process that prepares pictures was killed ({str(e).splitlines()[0]}); most often memory ran out. "
+            "The same command with --resume and fewer --workers goes on."
+        ) from None

@@ -1,0 +1,105 @@
+"""Several GPUs: torchrun starts one process for each, and every process runs train.py.
+
+The base is frozen and replicated, so a step is: each rank takes its share of the step's examples, the gradients of the
+adapter are summed over the ranks in one all-reduce, and every rank makes the same update. Nothing depends on how many
+ranks there are but the order of a sum. Without torchrun the world is one process and no collective runs.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+PATIENCE = timedelta(minutes=30)  # the slowest thing a rank waits for is another rank's loading
+
+
+class World:
+    """This process among those that torchrun started."""
+
+    def __init__(self, rank: int = 0, size: int = 1):
+        self.rank, self.size = rank, size
+        self.main = rank == 0  # the one that writes and prints
+
+    def add_up(self, parameters: list[nn.Parameter], run) -> None:
+        """Sums the step's gradients and metrics over the ranks. A rank without examples adds zeros."""
+        if self.size == 1:
+            return
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = torch.cat([g.flatten() for g in gradients])  # (all LoRA parameters,)
+        dist.all_reduce(flat)
+        for p, piece in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            p.grad = piece.view_as(p)  # (n,) -> p's shape
+        own = (run.examples, {name: float(value) for name, value in run.sums.items()}, run.stopped)
+        run.clear()
+        for examples, part, stopped in self.gather(own):
+            run.examples += examples
+            run.stopped = run.stopped or stopped
+            for name, value in part.items():
+                run.sums[name] += value
+
+    def gather(self, value) -> list:
+        """`value` of every rank, in the order of ranks."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def end_epoch(self, model: nn.Module, reference) -> None:
+        """Shares the reference's log-probs and asserts that all ranks hold the same adapter."""
+        if self.size == 1:
+            return
+        trained = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+        sums = self.gather((float(trained.double().sum()), float(trained.double().square().sum())))
+        assert len(set(sums)) == 1, f"the ranks' adapters differ: {sums}"
+        if reference is not None:
+            for known in self.gather(reference.state()):
+                reference.load(known)
+
+    def agree(self, room):
+        """The smallest micro-batch and the most recomputed layers that any rank needs, on all of them."""
+        found = self.gather((room.size, room.decoder.checkpointed))
+        room.size = min(size for size, _ in found)
+        room.decoder.checkpointed = max(checkpointed for _, checkpointed in found)
+        return room
+
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def join() -> World:
+    """The world that torchrun's environment describes; ranks but the first print nothing."""
+    if dist.is_initialized():
+        return World(dist.get_rank(), dist.get_world_size())
+    if "RANK" not in os.environ:
+        return World()
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
+    world = World(dist.get_rank(), dist.get_world_size())
+    if not world.main:
+        sys.stdout = open(os.devnull, "w")
+    return world
+
+
+def leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def share(lengths: Sequence[int], world: World) -> list[int]:
+    """The indices of this rank's examples of a step, in their order: longest first to whoever has the fewest tokens."""
+    taken: list[list[int]] = [[] for _ in range(world.size)]
+    tokens = [0] * world.size
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        least = tokens.index(min(tokens))
+        taken[least].append(index)
+        tokens[least] += lengths[index]
+    return sorted(taken[world.rank])
