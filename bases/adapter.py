@@ -14,11 +14,13 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bases.architectures import architecture_of
+from bases.configs import Fields
 from bases.layouts import refuse_misfits
+from bases.tensors import check_finite, open_bin, write_tensors
 from external import files
 from lora import add_lora, lora_modules
 
@@ -31,19 +33,22 @@ class Adapter(NamedTuple):
     r: int
     alpha: float
     rslora: bool
+    base: str | None  # what it was made for, as its config says
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------
 
 
 def save_adapter(model: nn.Module, folder: Path, base: str) -> None:
-    """Writes both files as PEFT does; the tensors are read back and compared before the file takes its name."""
+    """Writes both files as PEFT does. SystemExit, and nothing written, if a number is not finite."""
     state = adapter_state(model)
-    with files.whole(folder / "adapter_model.safetensors") as part:
-        save_file(state, part, metadata={"format": "pt"})
-        back = load_file(part)
-        same = back.keys() == state.keys() and all(torch.equal(back[key], state[key]) for key in state)
-        assert same, f"{part}: read back"
+    broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
+    if broken:
+        raise SystemExit(
+            f"{folder}: not written, {len(broken)} of {len(state)} tensors of the adapter hold numbers that are not "
+            f"finite, {broken[0]} first. The last step was too large: try a lower --lr."
+        )
+    write_tensors(folder / "adapter_model.safetensors", state)
     files.write_json(folder / "adapter_config.json", adapter_config(model, base), indent=2)
 
 
@@ -85,7 +90,8 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     """Adds LoRA to the model from a PEFT folder, any of the spellings; a key that does not fit is an error."""
     adapter = read_adapter(Path(folder))
     layers = "language_model.layers."
-    targets = sorted({name.split(".")[-2] for name in adapter.tensors if name.startswith(layers)})
+    adapted = {name.split(".")[-2] for name in adapter.tensors if name.startswith(layers)}
+    targets = sorted(adapted.intersection(architecture_of(model).lora_targets))  # the rest is unexpected, below
     add_lora(model, adapter.r, adapter.alpha, adapter.rslora, targets=tuple(targets))
     own = {}
     for name, m in lora_modules(model).items():
@@ -95,16 +101,25 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(adapter.tensors[name])
+    if adapter.base and not same_base(adapter.base, model.source):
+        print(f"{folder}: an adapter of {adapter.base!r}, used on {model.source!r}; the shapes fit")
+
+
+def same_base(named: str, source: str) -> bool:
+    """Whether two names mean one base: a hub repository, and the folder of that name, do."""
+    return Path(named).name == Path(source).name
 
 
 def check_tensors(folder: Path, own: dict[str, Tensor], read: dict[str, Tensor]) -> None:
-    wrong_shape = []
+    wrong_shape, wrong_type = [], []
     for name in sorted(own.keys() & read.keys()):
         if read[name].shape != own[name].shape:
             wrong_shape.append(f"{name} {tuple(read[name].shape)}, expected {tuple(own[name].shape)}")
+        elif not read[name].is_floating_point():
+            wrong_type.append(f"{name} {read[name].dtype}")
     missing = sorted(own.keys() - read.keys())
     unexpected = sorted(read.keys() - own.keys())
-    refuse_misfits(f"{folder}: the adapter does not fit this base.", missing, unexpected, wrong_shape)
+    refuse_misfits(f"{folder}: the adapter does not fit this base.", missing, unexpected, wrong_shape, wrong_type)
 
 
 def adapter_files(folder: Path) -> tuple[Path, Path]:
@@ -122,7 +137,7 @@ def adapter_files(folder: Path) -> tuple[Path, Path]:
 def read_adapter(folder: Path) -> Adapter:
     """A PEFT folder. SystemExit if it is not whole, or not plain LoRA."""
     weights, config_file = adapter_files(folder)
-    config = files.read_json(config_file, dict)
+    config = Fields(files.read_json(config_file, dict), str(config_file))
     unsupported = [key for key in UNSUPPORTED if config.get(key)]
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or unsupported:
         raise SystemExit(
@@ -132,19 +147,27 @@ def read_adapter(folder: Path) -> Adapter:
     tensors = {}
     for key, value in read_weights(weights).items():
         name = LAYERS.sub("language_model.layers.", key).replace(".default.", ".").removesuffix(".weight")
+        check_finite(value, f"{weights}: {key}")
         tensors[name] = value
+    for key in ("r", "lora_alpha"):
+        if config.values.get(key, 8) is None:
+            config.refuse(key, "a number")
+    if config.get("use_rslora", False) not in (True, False):
+        config.refuse("use_rslora", "true or false")
     return Adapter(
         tensors=tensors,
-        r=config.get("r", 8),  # 8: what PEFT assumes where the file is silent
-        alpha=config.get("lora_alpha", 8),
-        rslora=bool(config.get("use_rslora")),
+        r=config.whole("r", 8, most=2**16),  # 8: what PEFT assumes where the file is silent
+        alpha=config.number("lora_alpha", 8, most=1e6),
+        rslora=config.get("use_rslora", False),
+        base=config.get("base_model_name_or_path"),
     )
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
+    """The tensors by their names in the file. SystemExit if it is damaged, or holds code."""
     try:
         if file.suffix == ".bin":
-            return torch.load(file, map_location="cpu", weights_only=True)  # runs no code
+            return open_bin(file)
         return load_file(file)
     except (SafetensorError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as e:
         raise SystemExit(f"{file}: damaged ({str(e).splitlines()[0]})") from None

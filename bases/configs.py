@@ -101,7 +101,7 @@ def read_llava(c: Fields, vision: Fields | None) -> Config:
         kv_heads=t.whole("num_key_value_heads", heads),
         ffn=t.whole("intermediate_size", d.ffn),
         eps=t.number("rms_norm_eps", 1e-6, most=0.1),  # Llama's default; LLaVA-1.5's files say 1e-5
-        rope_theta=read_theta(t),
+        rope_theta=read_rope(t, "rope_theta", 10000.0, most=1e9),
         image_id=-200 if original else read_image_id(c),  # the original has no row for <image>
         pad_id=max(0, c.whole("pad_token_id", 0, least=-1)),  # any row will do: padding is masked
         bos_id=t.whole("bos_token_id", d.bos_id, least=0) or d.bos_id,
@@ -118,9 +118,10 @@ def rope_fields(t: Fields) -> Fields:
     return t.part("rope_scaling" if t.get("rope_scaling") else "rope_parameters")
 
 
-def read_theta(t: Fields) -> float:
-    source = t if t.get("rope_theta") else rope_fields(t)
-    return source.number("rope_theta", 10000.0, most=1e9)
+def read_rope(t: Fields, name: str, default: float, most: float) -> float:
+    """A number that stands among the others, or, as transformers 5 writes, in rope_parameters."""
+    source = rope_fields(t) if t.get(name) is None else t
+    return source.number(name, default, most)
 
 
 def read_image_id(c: Fields) -> int:
@@ -174,8 +175,8 @@ def read_bunny(c: Fields, vision: Fields | None) -> bunny.Config:
         kv_heads=c.whole("num_key_value_heads", heads),
         ffn=c.whole("intermediate_size", d.ffn),
         eps=c.number("layer_norm_eps", d.eps, most=0.1),
-        rope_theta=c.number("rope_theta", d.rope_theta, most=1e9),
-        rotary_factor=c.number("partial_rotary_factor", d.rotary_factor, most=1.0),
+        rope_theta=read_rope(c, "rope_theta", d.rope_theta, most=1e9),
+        rotary_factor=read_rope(c, "partial_rotary_factor", d.rotary_factor, most=1.0),
         image_id=d.image_id,
         pad_id=c.whole("pad_token_id", d.pad_id, least=0),
         bos_id=c.whole("bos_token_id", d.bos_id, least=0),

@@ -23,7 +23,6 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -32,6 +31,7 @@ from bases.adapter import Adapter, load_adapter, read_adapter
 from bases.architectures import LLAVA_15, architecture_of
 from bases.hub_files import write_llava_files
 from bases.layouts import IGNORED, their_name
+from bases.tensors import Stored, check_finite, read_tensor, write_tensors
 from bases.tokenizer import load_processor
 from external import files
 from lora import lora_disabled, scaling_of
@@ -54,11 +54,11 @@ def main(argv=None) -> None:
             raise SystemExit(f"{there}: exists already; an export never overwrites")
     folder = checkpoint.resolve(args.base, args.weights)
     stored, _ = checkpoint.checkpoint_tensors(folder, args.vision_weights)
-    own = checkpoint.read_tensor(stored["language_model.norm.weight"]).dtype
+    own = read_tensor(stored["language_model.norm.weight"]).dtype
     dtype = getattr(torch, args.dtype) if args.dtype else own
     bound = MAX_DIFFERENCE[dtype] if args.max_difference is None else args.max_difference
 
-    model = checkpoint.load_model(folder, args.vision_weights, own, device)
+    model, _ = checkpoint.load_base(args.base, folder, args.vision_weights, own, device)
     config, adapter = model.config, None
     if args.adapter:
         load_adapter(model, args.adapter)
@@ -125,7 +125,7 @@ def largest_difference(a: Tensor, b: Tensor) -> float:
 def write_checkpoint(
     folder: Path,
     out: Path,
-    stored: dict[str, checkpoint.Stored],
+    stored: dict[str, Stored],
     adapter: Adapter | None,
     config: Config,
     dtype: torch.dtype,
@@ -152,7 +152,7 @@ def with_image_rows(config: Config) -> Config:
 
 def write_weights(
     out: Path,
-    stored: dict[str, checkpoint.Stored],
+    stored: dict[str, Stored],
     adapter: Adapter | None,
     c: Config,
     dtype: torch.dtype,
@@ -172,12 +172,13 @@ def write_weights(
     def tensor(theirs: str) -> Tensor:
         name = ours[theirs]
         linear = name.removesuffix(".weight")
-        t = checkpoint.read_tensor(stored[name], torch.float32)
+        t = read_tensor(stored[name], torch.float32)
         if f"{linear}.lora_A" in lora:
             t += scaling * (lora[f"{linear}.lora_B"].float() @ lora[f"{linear}.lora_A"].float())  # (out, in)
         missing = shapes[theirs][0] - len(t)
         if missing:
             t = torch.cat([t, t.mean(0, keepdim=True).expand(missing, -1)])  # (V, C) -> (V', C)
+        check_finite(t.to(dtype), name)
         return t.to(dtype)
 
     write_shards(out, shapes, dtype, tensor)
@@ -208,8 +209,7 @@ def write_shards(
             made = tuple(tensors[name].shape), tensors[name].dtype
             assert made == (tuple(shapes[name]), dtype), (name, made, shapes[name], dtype)
             table[name] = file
-        with files.whole(folder / file) as part:
-            save_file(tensors, part, {"format": "pt"})
+        write_tensors(folder / file, tensors)
         del tensors  # before the next ones are made
     if len(shards) > 1:
         total = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize

@@ -108,9 +108,20 @@ def their_name(name: str, layout: str) -> str:
     return name
 
 
-def refuse_misfits(where: str, missing: list[str], unexpected: list[str], wrong_shape: list[str]) -> None:
+def refuse_misfits(
+    where: str,
+    missing: list[str],
+    unexpected: list[str],
+    wrong_shape: list[str],
+    wrong_type: list[str],
+) -> None:
     """SystemExit with up to ten names of each kind, and their number, if there are any."""
-    kinds = {"missing": missing, "unexpected": unexpected, "of wrong shape": wrong_shape}
+    kinds = {
+        "missing": missing,
+        "unexpected": unexpected,
+        "of wrong shape": wrong_shape,
+        "of a type that no weights have": wrong_type,
+    }
     lines = [f"  {len(names)} {kind}: {', '.join(names[:10])}" for kind, names in kinds.items() if names]
     if lines:
         raise SystemExit("\n".join([where, *lines]))

@@ -163,6 +163,11 @@ def edit_config(**change):
     return edit
 
 
+def recast(folder, change):
+    file = folder / "adapter_model.safetensors"
+    save_file({name: change(t) for name, t in load_file(file).items()}, file)
+
+
 def cut(name):
     return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:200])
 
@@ -172,6 +177,19 @@ def cut(name):
     (add_a_vision_key, r"1 unexpected: .*vision_tower\.encoder\.layers\.0\.self_attn\.q_proj\.lora_A"),
     (lambda f: respell(f, "language_model", "text_model"), r"42 unexpected: base_model\.model\.model\.text_model"),
     (edit_config(r=8), r"42 of wrong shape: .*\(4, 48\), expected \(8, 48\)"),
+    (edit_config(r=0), "r is 0, expected a whole number from 1"),
+    (edit_config(r=-1), "r is -1"),
+    (edit_config(r="64"), "r is '64'"),
+    (edit_config(r=10**12), "r is 1000000000000"),
+    (edit_config(r=None), "r is None"),
+    (edit_config(lora_alpha=None), "lora_alpha is None"),
+    (edit_config(lora_alpha="12"), "lora_alpha is '12', expected a number"),
+    (edit_config(lora_alpha=float("nan")), "lora_alpha is nan"),
+    (edit_config(lora_alpha=-12), "lora_alpha is -12"),
+    (edit_config(use_rslora="false"), "use_rslora is 'false', expected true or false"),
+    (lambda f: recast(f, lambda t: t.to(torch.int8)), r"42 of a type that no weights have: .*torch\.int8"),
+    (lambda f: recast(f, lambda t: t / 0), r"adapter_model\.safetensors: base_model\.\S+ holds numbers that are"),
+    (lambda f: respell(f, "q_proj", "dense"), r"6 unexpected: language_model\.layers\.0\.self_attn\.dense\.lora_A"),
     (edit_config(use_dora=True), "use_dora"),
     (edit_config(peft_type="IA3"), "found IA3"),
     (edit_config(bias="all"), "bias all"),
@@ -186,6 +204,51 @@ def test_what_does_not_fit_is_an_error(ours, tmp_path_factory, tmp_path, spoil, 
         load_adapter(ours, tmp_path)
 
 
+def test_alpha_8_where_the_file_is_silent(ours, tmp_path):
+    """peft's default: 8 / 4 = 2."""
+    peft_adapter(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    config = json.loads(file.read_text())
+    del config["lora_alpha"]
+    file.write_text(json.dumps(config))
+    load_adapter(ours, tmp_path)
+    assert {m.scaling for m in lora_modules(ours).values()} == {2.0}
+    theirs = peft.PeftModel.from_pretrained(llava(2), tmp_path).eval()
+    assert_same_function(ours, theirs)
+
+
+def test_fewer_linears_than_ours(ours, tmp_path):
+    """An adapter on q and v alone."""
+    config = peft.LoraConfig(r=2, target_modules=r".*language_model.*\.(q_proj|v_proj)", task_type="CAUSAL_LM")
+    theirs = peft.get_peft_model(llava(2), config)
+    fill(p for p in theirs.parameters() if p.requires_grad)
+    theirs.save_pretrained(tmp_path)
+    load_adapter(ours, tmp_path)
+    assert len(lora_modules(ours)) == 3 * 2
+    assert_same_function(ours, theirs.eval())
+
+
+def test_an_adapter_of_another_base_is_said(ours, folder, tmp_path, capsys):
+    fill(add_lora(ours, r=4))
+    save_adapter(ours, tmp_path / "own", str(folder))
+    save_adapter(ours, tmp_path / "other", "llava-hf/llava-1.5-7b-hf")
+    load_adapter(load_model(folder), tmp_path / "own")
+    assert capsys.readouterr().out == ""
+    load_adapter(load_model(folder), tmp_path / "other")
+    said = capsys.readouterr().out
+    assert "an adapter of 'llava-hf/llava-1.5-7b-hf', used on" in said and str(folder) in said
+
+
+def test_numbers_that_are_not_finite_are_not_saved(ours, tmp_path):
+    fill(add_lora(ours, r=4))
+    save_adapter(ours, tmp_path, "b")
+    old = (tmp_path / "adapter_model.safetensors").read_bytes()
+    lora_modules(ours)["language_model.layers.1.mlp.up_proj"].lora_B.data[0, 0] = float("nan")
+    with pytest.raises(SystemExit, match=r"1 of 42 .* not finite, \S+layers\.1\.mlp\.up_proj\.lora_B.*lower --lr"):
+        save_adapter(ours, tmp_path, "b")
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == old
+
+
 def test_a_save_that_goes_wrong_leaves_the_old_file(ours, tmp_path, monkeypatch):
     """The file is read back before it takes its name."""
     fill(add_lora(ours, r=4))
@@ -196,7 +259,7 @@ def test_a_save_that_goes_wrong_leaves_the_old_file(ours, tmp_path, monkeypatch)
     def broken(state, file, metadata):
         save_file({k: v + (1e-3 if "layers.1" in k else 0) for k, v in state.items()}, file, metadata)
 
-    monkeypatch.setattr("bases.adapter.save_file", broken)
+    monkeypatch.setattr("bases.tensors.save_file", broken)
     with pytest.raises(AssertionError, match="read back"):
         save_adapter(ours, tmp_path, "b")
     assert (tmp_path / "adapter_model.safetensors").read_bytes() == old

@@ -42,6 +42,20 @@ def test_logits_equal_phi(loaded):
         torch.testing.assert_close(ours(ids, pictures()), expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("change", [
+    {"rotary_factor": 0.6},  # 12 of 20 dimensions turn, not 8
+    {"rope_theta": 100.0},
+    {"kv_heads": 2},
+])  # fmt: skip
+def test_settings_of_the_config_are_used(tmp_path, change):
+    """Each changes Phi's logits, and ours with them."""
+    phi, siglip = phi_and_siglip(**change)
+    ours = load_model(write_bunny(phi, siglip, tmp_path / "w"))
+    ids = batch()[0]
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids, None), phi(ids).logits, atol=1e-4, rtol=0)
+
+
 def test_templates():
     """Bunny's prompt has no BOS; the tuned template keeps the blank before the response, the release drops it."""
     tokenizer = Tokenizer(BPE())  # byte-level, as Phi-2's

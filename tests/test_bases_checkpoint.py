@@ -88,6 +88,15 @@ def test_the_real_sparse_config(tmp_path):
     assert read_config(tmp_path) == Config()
 
 
+def test_llamas_eps_where_the_file_is_silent(hub):
+    """1e-6 is the default of Llama's config class; LLaVA-1.5's files say 1e-5."""
+    config = json.loads((hub / "config.json").read_text())
+    assert read_config(hub).eps == 1e-5
+    del config["text_config"]["rms_norm_eps"]
+    (hub / "config.json").write_text(json.dumps(config))
+    assert read_config(hub).eps == 1e-6
+
+
 def test_rope_theta_in_both_spellings(hub):
     config = json.loads((hub / "config.json").read_text())
     for entry in ({"rope_theta": 5e4}, {"rope_parameters": {"rope_theta": 5e4, "rope_type": "default"}}):
@@ -102,6 +111,16 @@ def test_resolve(hub, tmp_path, monkeypatch):
     assert resolve("llava-1.5-7b", hub) == hub  # a folder that is given wins
     with pytest.raises(SystemExit, match=r"llava-1\.5-7c.*no config\.json.*llava-1\.5-7b, llava-1\.5-13b, bunny"):
         resolve("llava-1.5-7c")
+
+
+def test_the_toy_is_found_where_training_made_it(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="`python train.py --base toy` makes it"):
+        resolve("toy")
+    for seed in (10, 3):
+        shutil.copytree(hub, tmp_path / "runs" / f"toy-world-{seed}" / "base")
+    assert resolve("toy") == Path("runs/toy-world-3/base")
+    assert resolve("toy", hub) == hub
 
 
 def test_offline_and_not_cached(tmp_path):
@@ -173,6 +192,82 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2\nsize 4
 def test_bad_folders(hub, spoil, message):
     spoil(hub)
     with pytest.raises(SystemExit, match=message):
+        load_base(str(hub))
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda f: spread(f, torch.int32), r"24 of a type that no weights have: vision_tower\.class_embedding I32"),
+    (lambda f: spread(f, torch.uint8), r"of a type that no weights have: .* U8"),
+    (lambda f: poison(f, float("nan")), r"00002-of-00003.safetensors: vision_\S+norm\S* holds numbers that are"),
+    (lambda f: poison(f, float("inf")), "not finite in float32"),
+    (lambda f: reindex(f, [1]), r"index\.json: weight_map is a list"),
+    (lambda f: reindex(f, 7), r"index\.json: weight_map is a int"),
+    (lambda f: reindex(f, {"a": 7}), r"index\.json: a is in 7, expected the name of a file"),
+    (lambda f: reindex(f, {"a": "../hub/model-00001-of-00003.safetensors"}), "expected the name of a file beside"),
+    (lambda f: reindex(f, {"a": "/etc/passwd"}), "expected the name of a file beside"),
+    (lambda f: configure(f, mm_vision_tower=5) or drop_vision(f), "mm_vision_tower is 5"),
+])  # fmt: skip
+def test_weights_that_are_none(hub, spoil, message):
+    spoil(hub)
+    with pytest.raises(SystemExit, match=message):
+        load_base(str(hub))
+
+
+def spread(folder: Path, dtype: torch.dtype) -> None:
+    state = load_file(folder / SHARD)
+    save_file({name: t.to(dtype) for name, t in state.items()}, folder / SHARD)
+
+
+def poison(folder: Path, value: float) -> None:
+    state = load_file(folder / SHARD)
+    state["vision_tower.vision_model.pre_layrnorm.weight"][3] = value
+    save_file(state, folder / SHARD)
+
+
+def reindex(folder: Path, table) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
+
+
+def drop_vision(folder: Path) -> None:
+    state = {}
+    for file in folder.glob("*.safetensors"):
+        state |= load_file(file)
+        file.unlink()
+    (folder / "model.safetensors.index.json").unlink()
+    save_file({n: t for n, t in state.items() if "vision" not in n}, folder / "model.safetensors")
+
+
+def test_a_large_finite_tensor_is_loaded(library, tmp_path):
+    """Its sum overflows float32, its numbers do not."""
+    folder = write_in_memory(library, tmp_path / "w")
+    state = load_file(folder / "model.safetensors")
+    state["lm_head.weight"].fill_(3e38)
+    save_file(state, folder / "model.safetensors")
+    assert load_model(folder).lm_head.weight.max() == torch.tensor(3e38)
+
+
+@pytest.mark.parametrize("part, name, value", [
+    ("text_config", "num_hidden_layers", "3"), ("text_config", "num_hidden_layers", 0),
+    ("text_config", "num_hidden_layers", 10**9), ("text_config", "num_attention_heads", 0),
+    ("text_config", "num_attention_heads", 3), ("text_config", "num_attention_heads", 32),
+    ("text_config", "num_key_value_heads", 3), ("text_config", "num_key_value_heads", True),
+    ("text_config", "hidden_size", -32), ("text_config", "hidden_size", [32]), ("text_config", "vocab_size", 96.0),
+    ("text_config", "rms_norm_eps", 1e9), ("text_config", "rms_norm_eps", "1e-5"),
+    ("text_config", "rope_theta", -1.0), ("text_config", "rope_theta", {}), ("text_config", "rope_scaling", 2.0),
+    ("text_config", "eos_token_id", [2]), ("text_config", "eos_token_id", 96), ("text_config", "bos_token_id", 5000),
+    ("text_config", "model_type", "mistral"),
+    ("vision_config", "patch_size", 0), ("vision_config", "patch_size", 43), ("vision_config", "image_size", "42"),
+    ("vision_config", "num_attention_heads", 5), ("vision_config", "num_hidden_layers", None),
+    (None, "vision_feature_layer", 0), (None, "vision_feature_layer", 4), (None, "vision_feature_layer", -4),
+    (None, "vision_feature_layer", "-2"), (None, "text_config", [1]), (None, "vision_config", 3),
+    (None, "image_token_index", "<image>"), (None, "image_token_index", -1), (None, "pad_token_id", 96),
+    (None, "model_type", ["llava"]), (None, "model_type", {}),
+])  # fmt: skip
+def test_absurd_values_in_config_json(hub, part, name, value):
+    config = json.loads((hub / "config.json").read_text())
+    (config[part] if part else config)[name] = value
+    (hub / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit):
         load_base(str(hub))
 
 

@@ -51,12 +51,16 @@ def merged(tiny_base, adapter, tmp_path_factory):
 
 
 def small_tokenizer(tiny_base, file) -> None:
-    """The first 96 ids of the tiny base's tokenizer, for the models of tiny_models: <unk>, <s>, </s> and bytes."""
+    """The first 96 ids of the tiny base's tokenizer, for the models of tiny_models: <unk>, <s>, </s> and bytes. The
+    last is a special token, since the tiny Bunny ends with it."""
     tokenizer = json.loads((tiny_base / "tokenizer.json").read_text())
     vocabulary = {t: i for t, i in tokenizer["model"]["vocab"].items() if i < 96}
     tokenizer["model"] |= {"vocab": vocabulary, "merges": [], "byte_fallback": False}
     tokenizer["added_tokens"] = [t for t in tokenizer["added_tokens"] if t["id"] < 96]
-    Tokenizer.from_str(json.dumps(tokenizer)).save(str(file))
+    small = Tokenizer.from_str(json.dumps(tokenizer))
+    small.add_special_tokens(["<0x5C>"])
+    assert small.token_to_id("<0x5C>") == 95
+    small.save(str(file))
 
 
 def ask(processor):
@@ -139,6 +143,20 @@ def test_merging_is_done_in_float32(tiny_base, adapter, tmp_path):
     assert all(t.dtype == torch.bfloat16 for t in files.values()) and files.keys() == base.keys()
     untouched = "vision_tower.vision_model.encoder.layers.2.mlp.fc1.weight"  # never runs, but belongs to the layout
     assert torch.equal(files[untouched], base[untouched].bfloat16())
+
+
+def test_rslora_is_merged_with_its_own_scale(tiny_base, adapter, tmp_path):
+    """8 / sqrt(4) = 4 instead of 8 / 4 = 2."""
+    rslora = tmp_path / "rslora"
+    shutil.copytree(adapter, rslora)
+    config = json.loads((rslora / "adapter_config.json").read_text())
+    (rslora / "adapter_config.json").write_text(json.dumps(config | {"use_rslora": True}))
+    export.main(["--base", str(tiny_base), "--adapter", str(rslora), "--out", str(tmp_path / "o")])
+    base, merged = load_file(tiny_base / "model.safetensors"), load_file(tmp_path / "o" / "model.safetensors")
+    ab = load_file(rslora / "adapter_model.safetensors")
+    name = "language_model.model.layers.0.self_attn.v_proj"
+    a, b = (ab[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")
+    torch.testing.assert_close(merged[f"{name}.weight"], base[f"{name}.weight"] + 4 * b @ a, atol=1e-6, rtol=0)
 
 
 def test_shards(tmp_path):

@@ -1,10 +1,12 @@
 """model.py against transformers' LLaVA and open_clip's ViT, at random tiny sizes; the real sizes by their counts."""
 
+import json
+
 import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import IMAGE_ID, PATCHES, batch, llava, write_library
+from tiny_models import IMAGE_ID, PATCHES, batch, llava, write_hub, write_library
 
 import losses
 from bases.checkpoint import load_model
@@ -57,6 +59,21 @@ def test_vision_features_are_the_layer_before_the_last_without_the_class_token(p
         expected = theirs.model.multi_modal_projector(states[-2][:, 1:])
         torch.testing.assert_close(ours.image_features(images), expected, atol=1e-5, rtol=0)
     assert len(ours.vision_tower.layers) == 2  # of 3: the last never influences the output and is not built
+
+
+@pytest.mark.parametrize("layer, run", [(1, 1), (2, 2), (3, 3), (-1, 3), (-2, 2), (-3, 1)])
+def test_feature_layers_count_as_transformers_hidden_states(tmp_path, layer, run):
+    """hidden_states[0] is before the first of 3 layers, hidden_states[3] = hidden_states[-1] after the last."""
+    theirs = llava()
+    folder = write_hub(theirs, tmp_path / "w")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vision_feature_layer": layer}))
+    ours = load_model(folder)
+    _, images, _ = batch()
+    with torch.no_grad():
+        states = theirs.model.vision_tower(images, output_hidden_states=True).hidden_states
+        torch.testing.assert_close(ours.vision_tower(images), states[layer][:, 1:], atol=1e-5, rtol=0)
+    assert len(ours.vision_tower.layers) == run
 
 
 def test_vision_tower_equals_open_clip():

@@ -176,12 +176,27 @@ def logits(model) -> Tensor:
 # ---- Bunny ---------------------------------------------------------------------------------------------------------
 
 
-def phi_and_siglip(seed: int = 0) -> tuple[PhiForCausalLM, SiglipVisionModel]:
+def phi_and_siglip(
+    seed: int = 0,
+    kv_heads: int = 4,
+    rope_theta: float = 10000.0,
+    rotary_factor: float = 0.4,
+) -> tuple[PhiForCausalLM, SiglipVisionModel]:
     """Head size 20, of which 8 dims turn; 44 px in patches of 14 leave two over; no head bias, as in Bunny."""
-    phi = PhiForCausalLM(PhiConfig(
-        vocab_size=96, hidden_size=80, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
-        partial_rotary_factor=0.4, hidden_act="gelu_new", layer_norm_eps=1e-5, resid_pdrop=0.1,
-    ))  # fmt: skip
+    rope = {"rope_type": "default", "rope_theta": rope_theta, "partial_rotary_factor": rotary_factor}
+    config = PhiConfig(
+        vocab_size=96,
+        hidden_size=80,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=kv_heads,
+        hidden_act="gelu_new",
+        layer_norm_eps=1e-5,
+        resid_pdrop=0.1,
+        rope_parameters=rope,
+    )
+    phi = PhiForCausalLM(config)
     siglip = SiglipVisionModel(SiglipVisionConfig(
         hidden_size=48, intermediate_size=72, num_hidden_layers=4, num_attention_heads=4, image_size=44, patch_size=14,
     ))  # fmt: skip
@@ -209,12 +224,24 @@ def write_bunny(phi: PhiForCausalLM, siglip: SiglipVisionModel, folder: Path, ow
         kept = {n: t for n, t in vision.items() if ".head." not in n and "layers.3." not in n}
         state |= {f"model.vision_tower.vision_tower.{n}": t.clone() for n, t in kept.items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    c = phi.config
     config = {
-        "model_type": "bunny-phi", "vocab_size": 96, "hidden_size": 80, "intermediate_size": 96,
-        "hidden_act": "gelu_new", "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4,
-        "partial_rotary_factor": 0.4,
-        "rope_theta": 10000.0, "layer_norm_eps": 1e-5, "bos_token_id": 95, "eos_token_id": 95, "pad_token_id": 95,
-        "mm_vision_tower": "google/some-siglip", "vision_config": sizes,
-    }  # fmt: skip
+        "model_type": "bunny-phi",
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.hidden_size,
+        "intermediate_size": c.intermediate_size,
+        "hidden_act": c.hidden_act,
+        "num_hidden_layers": c.num_hidden_layers,
+        "num_attention_heads": c.num_attention_heads,
+        "num_key_value_heads": c.num_key_value_heads,
+        "partial_rotary_factor": c.rope_parameters["partial_rotary_factor"],
+        "rope_theta": c.rope_parameters["rope_theta"],
+        "layer_norm_eps": c.layer_norm_eps,
+        "bos_token_id": 95,
+        "eos_token_id": 95,
+        "pad_token_id": 95,
+        "mm_vision_tower": "google/some-siglip",
+        "vision_config": sizes,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     return folder
