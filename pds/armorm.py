@@ -1,0 +1,233 @@
+"""ArmoRM: how good an answer is, on 19 scales, and how much each of them counts (PDS-DPO 3.3, R_T; Wang et al. 2024).
+
+    <|begin_of_text|> user header, question <|eot_id|> assistant header, answer <|eot_id|>
+                                               |                                     |
+                                 h[gate] (C,) -> MLP -> g (19,)          h[last] (C,) -> r (19,)
+
+    score = g . (r M)
+
+g, which scales count, depends on the question alone; r are the rewards of the answer. M takes the share that verbosity
+explains out of the other scales. The body is our own `model.Decoder`; the hub's remote code is not run (it does not
+import beside current libraries).
+
+Deviations from the released code
+1. Batches, padded on the right: under a causal mask no real token sees the padding, so scores are the same.
+2. The body may be bfloat16, the heads are always float32: near 0.15, where scores lie, bfloat16 makes many equal.
+3. What looks like a special token in a question or an answer is read as text: an answer cannot move the gate.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from bases import checkpoint
+from external import files, hub
+from model import Config, Decoder, causal
+
+REPOSITORY = "RLHFlow/ArmoRM-Llama3-8B-v0.1"
+ARCHITECTURE = "LlamaForRewardModelWithGating"
+OBJECTIVES = (
+    "helpsteer-helpfulness", "helpsteer-correctness", "helpsteer-coherence", "helpsteer-complexity",
+    "helpsteer-verbosity", "ultrafeedback-overall_score", "ultrafeedback-instruction_following",
+    "ultrafeedback-truthfulness", "ultrafeedback-honesty", "ultrafeedback-helpfulness", "beavertails-is_safe",
+    "prometheus-score", "argilla-overall_quality", "argilla-judge_lm", "code-complexity", "code-style",
+    "code-explanation", "code-instruction-following", "code-readability",
+)  # fmt: skip
+
+
+class Judgement(NamedTuple):
+    score: float
+    rewards: list[float]  # 19, in the order of OBJECTIVES
+    gating: list[float]  # 19
+
+
+# ---- the model -----------------------------------------------------------------------------------------------------
+
+
+class Gating(nn.Module):
+    """h[gate] (B, C) -> weights of the 19 scales (B, 19): a softmax, times a learned scale."""
+
+    def __init__(self, width: int, hidden: int, n_hidden: int, temperature: float):
+        super().__init__()
+        widths = [width] + [hidden] * n_hidden
+        layers = [nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False)]
+        self.layers = nn.ModuleList([*layers, nn.Linear(hidden, len(OBJECTIVES))])
+        self.logit_scale = nn.Parameter(torch.ones(1))
+        self.temperature = temperature
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers[:-1]:
+            x = F.relu(layer(x))
+        return (self.layers[-1](x) / self.temperature).softmax(-1) * self.logit_scale
+
+
+class ArmoRM(nn.Module):
+    """Token ids -> rewards and gating (B, 19) each. Attributes are the checkpoint's names."""
+
+    def __init__(self, body: Config, hidden: int, n_hidden: int, temperature: float):
+        super().__init__()
+        self.model = Decoder(body)
+        self.regression_layer = nn.Linear(body.width, len(OBJECTIVES), bias=False)
+        self.gating = Gating(body.width, hidden, n_hidden, temperature)
+        self.reward_transform_matrix = nn.Parameter(torch.eye(len(OBJECTIVES)))
+
+    def forward(self, ids: Tensor, gates: Tensor, lasts: Tensor) -> tuple[Tensor, Tensor]:
+        """ids (B, T), right-padded; gates and lasts (B,) positions -> rewards (B, 19), gating (B, 19), float32."""
+        positions = torch.arange(ids.shape[1], device=ids.device)[None]  # (1, T)
+        hidden = self.model(self.model.embed_tokens(ids), positions, causal)  # (B, T, C)
+        rows = torch.arange(len(ids), device=ids.device)
+        at_last, at_gate = hidden[rows, lasts].float(), hidden[rows, gates].float()  # (B, C) each
+        return self.regression_layer(at_last), self.gating(at_gate)
+
+    def score(self, rewards: Tensor, gating: Tensor) -> Tensor:
+        """sum_k g_k (r M)_k: (B, 19) twice -> (B,). Rows of M are rewards that go in, columns those that come out."""
+        return (gating * (rewards @ self.reward_transform_matrix)).sum(-1)
+
+
+# ---- text ----------------------------------------------------------------------------------------------------------
+
+
+class Chat:
+    """Llama 3's template, one question and one answer -> ids, and where the gate is."""
+
+    def __init__(self, tokenizer: Tokenizer, source: Path):
+        self.tokenizer = tokenizer
+        special = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+        ids = [tokenizer.token_to_id(token) for token in special]
+        if None in ids:
+            raise SystemExit(f"{source}: no {special[ids.index(None)]}; this is not Llama 3's tokenizer")
+        self.bos, self.start, self.end, self.eot = ids
+        self.gate_pattern = [self.eot, *self.header("assistant"), *self.encode("\n\n")]
+
+    def encode(self, text: str) -> list[int]:
+        self.tokenizer.encode_special_tokens = True  # "<|eot_id|>" in a text is text
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def header(self, role: str) -> list[int]:
+        return [self.start, *self.encode(role), self.end]
+
+    def ids(self, question: str, answer: str) -> list[int]:
+        """Contents are stripped: one that began with a newline would merge with the header's, and hide the gate."""
+        ids = [self.bos]
+        for role, content in (("user", question), ("assistant", answer)):
+            ids += [*self.header(role), *self.encode("\n\n" + content.strip()), self.eot]
+        return ids
+
+    def gate(self, ids: list[int]) -> int:
+        """Where the assistant's header last follows an end of turn: the token that closes the question."""
+        width = len(self.gate_pattern)
+        for start in range(len(ids) - width, -1, -1):
+            if ids[start : start + width] == self.gate_pattern:
+                return start
+        raise ValueError("no assistant turn in these ids")
+
+
+class Judge:
+    """score(questions, answers) -> Judgement each."""
+
+    def __init__(self, model: ArmoRM, chat: Chat, max_length: int):
+        self.model, self.chat, self.max_length = model, chat, max_length
+
+    def length(self, question: str, answer: str) -> int:
+        return len(self.chat.ids(question, answer))
+
+    @torch.no_grad()
+    def score_ids(self, rows: list[list[int]]) -> list[Judgement]:
+        """Rows of ids, of any lengths -> their judgements."""
+        device = self.model.regression_layer.weight.device
+        gates = torch.tensor([self.chat.gate(ids) for ids in rows], device=device)  # (B,)
+        lasts = torch.tensor([len(ids) - 1 for ids in rows], device=device)  # (B,)
+        tensors = [torch.tensor(ids) for ids in rows]
+        padded = nn.utils.rnn.pad_sequence(tensors, batch_first=True).to(device)  # (B, T); the padding is never read
+        rewards, gating = self.model(padded, gates, lasts)
+        scores = self.model.score(rewards, gating)
+        judged = zip(scores.tolist(), rewards.tolist(), gating.tolist(), strict=True)
+        return [Judgement(score, own_rewards, own_gating) for score, own_rewards, own_gating in judged]
+
+    def score(self, questions: list[str], answers: list[str]) -> list[tuple[float, dict[str, float]]]:
+        """The score of each answer, and its rewards by name."""
+        ids = [self.chat.ids(question, answer) for question, answer in zip(questions, answers, strict=True)]
+        return [(judged.score, dict(zip(OBJECTIVES, judged.rewards, strict=True))) for judged in self.score_ids(ids)]
+
+
+# ---- files ---------------------------------------------------------------------------------------------------------
+
+
+def find_folder(folder: Path | None) -> Path:
+    if folder is None:
+        return hub.download(REPOSITORY, ("*.json", "*.safetensors"), "model", f"{REPOSITORY} (15 GB)",
+                            "--armorm FOLDER")  # fmt: skip
+    if not (folder / "config.json").is_file():
+        raise SystemExit(f"{folder}: no config.json; --armorm takes a folder as the hub has it")
+    return folder
+
+
+def read_config(folder: Path) -> tuple[Config, dict]:
+    """config.json -> the decoder's sizes, and all of it. SystemExit if it is not an ArmoRM over a plain Llama."""
+    file = folder / "config.json"
+    c = files.read_json(file, dict)
+    rope = c.get("rope_scaling") or c.get("rope_parameters") or {}
+    wrong = {
+        f"architectures {c.get('architectures')}": c.get("architectures") != [ARCHITECTURE],
+        f"num_objectives {c.get('num_objectives')}": c.get("num_objectives") != len(OBJECTIVES),
+        "rope scaling": rope.get("rope_type", "default") != "default",
+        "attention_bias": c.get("attention_bias", False),
+        f"hidden_act {c.get('hidden_act')}": c.get("hidden_act", "silu") != "silu",
+    }
+    if found := [name for name, is_wrong in wrong.items() if is_wrong]:
+        raise SystemExit(f"{file}: not an ArmoRM ({', '.join(found)}). Another reward model goes with --classifier.")
+    try:
+        body = Config(
+            vocab=c["vocab_size"],
+            width=c["hidden_size"],
+            layers=c["num_hidden_layers"],
+            heads=c["num_attention_heads"],
+            kv_heads=c["num_key_value_heads"],
+            ffn=c["intermediate_size"],
+            eps=c["rms_norm_eps"],
+            rope_theta=c.get("rope_theta") or rope["rope_theta"],
+        )
+    except KeyError as error:
+        raise SystemExit(f"{file}: no {error}") from None
+    return body, c
+
+
+def find_tensors(folder: Path) -> dict[str, checkpoint.Stored]:
+    """name -> where it is."""
+    listed = checkpoint.shard_files(folder)
+    weights = sorted(set(listed.values())) if isinstance(listed, dict) else listed
+    found = {}
+    for file in weights:
+        for name, shape in checkpoint.read_shapes(file).items():
+            found[name] = checkpoint.Stored(file, name, shape)
+    return found
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Judge:
+    """A folder in the hub's layout -> the judge. SystemExit names what is missing or of another shape."""
+    body, c = read_config(folder)
+    stored = find_tensors(folder)
+    with torch.device("meta"):
+        model = ArmoRM(body, c["gating_hidden_dim"], c["gating_n_hidden"], c["gating_temperature"])
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    missing = [name for name in wanted if name not in stored]
+    wrong = [f"{name} {stored[name].shape} instead of {shape}" for name, shape in wanted.items()
+             if name in stored and stored[name].shape != shape]  # fmt: skip
+    if missing or wrong:
+        names = ", ".join([f"{name} is missing" for name in missing[:10]] + wrong[:10])
+        raise SystemExit(f"{folder}: these weights do not fit, no score comes from a random tensor: {names}")
+    if surplus := [name for name in stored if name not in wanted]:
+        print(f"{folder}: {len(surplus)} tensors are not used: {', '.join(surplus[:10])}")
+    for name in wanted:
+        own_dtype = dtype if name.startswith("model.") else torch.float32  # the heads
+        parent, _, leaf = name.rpartition(".")
+        tensor = checkpoint.read_tensor(stored[name], own_dtype, device)
+        setattr(model.get_submodule(parent), leaf, nn.Parameter(tensor, requires_grad=False))
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise SystemExit(f"{file}: not there")
+    return Judge(model.eval(), Chat(Tokenizer.from_file(str(file)), file), c.get("max_position_embeddings", 8192))
