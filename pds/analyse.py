@@ -241,17 +241,22 @@ def print_scores(found: dict) -> None:
     print(f"{found['prompts']} prompts, {len(found['left_out'])} left out")
     for prompt, reason in list(found["left_out"].items())[:5]:
         print(f"  {prompt}: {reason}")
-    print("\noverlap of the k best pictures, % (chance)          the paper's are of 500 prompts of its own")
-    for name, values in found["overlap"].items():
-        chance = found["chance"][name]
-        print(f"  {name:28s} " + "   ".join(f"{k} {value:6.2f} ({chance[k]:5.2f})" for k, value in values.items()))
-    for name, values in PAPER["overlap"].items():
-        print(f"  paper: {name:21s} " + "   ".join(f"{k} {value:6.2f}" + " " * 8 for k, value in values.items()))
+    if found["overlap"]:
+        print_overlap(found)
     print(f"\nguidance scale of the best picture, % by {found['scorers'][0]}")
     for topic, shares in found["guidance_share"].items():
         cells = "   ".join(f"{scale} {share:5.1f}" for scale, share in shares.items() if scale != "n")
         print(f"  {topic:28s} {cells}   of {shares['n']}")
     print(f"  paper: {PAPER['guidance_share']}")
+
+
+def print_overlap(found: dict) -> None:
+    print("\noverlap of the k best pictures, % (chance); the paper's are of 500 prompts of its own")
+    for name, values in found["overlap"].items():
+        chance = found["chance"][name]
+        print(f"  {name:28s} " + "   ".join(f"{k} {value:6.2f} ({chance[k]:5.2f})" for k, value in values.items()))
+    for name, values in PAPER["overlap"].items():
+        print(f"  paper: {name:21s} " + "           ".join(f"{k} {value:6.2f}" for k, value in values.items()))
 
 
 def print_answers(found: dict) -> None:

@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from bases import checkpoint
+from bases import checkpoint, layouts
+from bases.configs import Fields, read_theta, rope_fields
 from external import files, hub
 from model import Config, Decoder, causal
 
@@ -166,11 +167,21 @@ def find_folder(folder: Path | None) -> Path:
     return folder
 
 
-def read_config(folder: Path) -> tuple[Config, dict]:
-    """config.json -> the decoder's sizes, and all of it. SystemExit if it is not an ArmoRM over a plain Llama."""
+class Sizes(NamedTuple):
+    """What config.json says: the body, and of the gating."""
+
+    body: Config
+    hidden: int
+    n_hidden: int
+    temperature: float
+    max_length: int
+
+
+def read_config(folder: Path) -> Sizes:
+    """config.json -> sizes. SystemExit if it is not an ArmoRM over a plain Llama."""
     file = folder / "config.json"
-    c = files.read_json(file, dict)
-    rope = c.get("rope_scaling") or c.get("rope_parameters") or {}
+    c = Fields(files.read_json(file, dict), str(file))
+    rope = rope_fields(c)
     wrong = {
         f"architectures {c.get('architectures')}": c.get("architectures") != [ARCHITECTURE],
         f"num_objectives {c.get('num_objectives')}": c.get("num_objectives") != len(OBJECTIVES),
@@ -180,28 +191,30 @@ def read_config(folder: Path) -> tuple[Config, dict]:
     }
     if found := [name for name, is_wrong in wrong.items() if is_wrong]:
         raise SystemExit(f"{file}: not an ArmoRM ({', '.join(found)}). Another reward model goes with --classifier.")
-    try:
-        body = Config(
-            vocab=c["vocab_size"],
-            width=c["hidden_size"],
-            layers=c["num_hidden_layers"],
-            heads=c["num_attention_heads"],
-            kv_heads=c["num_key_value_heads"],
-            ffn=c["intermediate_size"],
-            eps=c["rms_norm_eps"],
-            rope_theta=c.get("rope_theta") or rope["rope_theta"],
-        )
-    except KeyError as error:
-        raise SystemExit(f"{file}: no {error}") from None
-    return body, c
+    body = Config(
+        vocab=c.whole("vocab_size", 0),  # 0: there is no default, it must stand there
+        width=c.whole("hidden_size", 0),
+        layers=c.whole("num_hidden_layers", 0, most=512),
+        heads=c.whole("num_attention_heads", 0),
+        kv_heads=c.whole("num_key_value_heads", 0),
+        ffn=c.whole("intermediate_size", 0),
+        eps=c.number("rms_norm_eps", 0, most=0.1),
+        rope_theta=read_theta(c),
+    )
+    return Sizes(
+        body=body,
+        hidden=c.whole("gating_hidden_dim", 0),
+        n_hidden=c.whole("gating_n_hidden", 0, most=512),
+        temperature=c.number("gating_temperature", 0, most=1e6),
+        max_length=c.whole("max_position_embeddings", 8192),
+    )
 
 
 def find_tensors(folder: Path) -> dict[str, checkpoint.Stored]:
     """name -> where it is."""
-    listed = checkpoint.shard_files(folder)
-    weights = sorted(set(listed.values())) if isinstance(listed, dict) else listed
+    weights_files, _ = checkpoint.shard_files(folder)
     found = {}
-    for file in weights:
+    for file in weights_files:
         for name, shape in checkpoint.read_shapes(file).items():
             found[name] = checkpoint.Stored(file, name, shape)
     return found
@@ -209,17 +222,15 @@ def find_tensors(folder: Path) -> dict[str, checkpoint.Stored]:
 
 def load(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Judge:
     """A folder in the hub's layout -> the judge. SystemExit names what is missing or of another shape."""
-    body, c = read_config(folder)
+    sizes = read_config(folder)
     stored = find_tensors(folder)
     with torch.device("meta"):
-        model = ArmoRM(body, c["gating_hidden_dim"], c["gating_n_hidden"], c["gating_temperature"])
+        model = ArmoRM(sizes.body, sizes.hidden, sizes.n_hidden, sizes.temperature)
     wanted = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
     missing = [name for name in wanted if name not in stored]
     wrong = [f"{name} {stored[name].shape} instead of {shape}" for name, shape in wanted.items()
              if name in stored and stored[name].shape != shape]  # fmt: skip
-    if missing or wrong:
-        names = ", ".join([f"{name} is missing" for name in missing[:10]] + wrong[:10])
-        raise SystemExit(f"{folder}: these weights do not fit, no score comes from a random tensor: {names}")
+    layouts.refuse_misfits(f"{folder}: the weights do not fit; no score comes from a random tensor", missing, [], wrong)
     if surplus := [name for name in stored if name not in wanted]:
         print(f"{folder}: {len(surplus)} tensors are not used: {', '.join(surplus[:10])}")
     for name in wanted:
@@ -230,4 +241,4 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") 
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise SystemExit(f"{file}: not there")
-    return Judge(model.eval(), Chat(Tokenizer.from_file(str(file)), file), c.get("max_position_embeddings", 8192))
+    return Judge(model.eval(), Chat(Tokenizer.from_file(str(file)), file), sizes.max_length)

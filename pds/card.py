@@ -43,12 +43,13 @@ class Stage(NamedTuple):
 
 
 def chain(file: Path) -> list[Stage]:
-    """The stages that made `file`, last one first, as far as their settings files are there."""
+    """The stages that made `file`, last one first, back to a file that was given, not made."""
     stages, seen = [], set()
-    while file not in seen and runner.settings_file(file).is_file():
+    while file not in seen and file.is_file():
         seen.add(file)
-        settings = files.read_json(runner.settings_file(file), dict)
-        stages.append(Stage(settings.get("stage", "?"), file, settings))
+        beside = runner.settings_file(file)
+        settings = files.read_json(beside, dict) if beside.is_file() else {}
+        stages.append(Stage(settings.get("stage", "given"), file, settings))
         if not settings.get("in"):
             break
         file = (file.parent / settings["in"]).resolve()
@@ -88,7 +89,8 @@ def model_rows(stages: list[Stage]) -> list[list]:
         for model in models(stage.settings):
             name = str(model["model"])
             revision = model.get("revision") or f"weights {model.get('weights_sha256', 'not on this machine')}"
-            rows.append([stage.name, name, revision, LICENCES.get(name, UNKNOWN)])
+            shown = Path(name).name if Path(name).is_absolute() else name  # no folder of this machine in a public file
+            rows.append([stage.name, shown, revision, LICENCES.get(name, UNKNOWN)])
     return rows
 
 

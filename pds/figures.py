@@ -52,11 +52,14 @@ def guidance_chart(shares: dict, scorer: str, file: Path) -> None:
 def similarity_chart(similarity: dict, embedder: str, file: Path) -> None:
     """Figure 6: shares of pairs by their cosine, of prompts and of answers."""
     figure, axes = new_chart(f"similarity of texts, {embedder}", "cosine of two texts", "% of pairs in a bin of 0.05")
+    lowest = 0.0
     for name, own in similarity.items():
         if own:
             heights = [100 * count / own["pairs"] for count in own["histogram"]]
             edges = [-1 + 0.05 * i for i in range(len(heights) + 1)]
             axes.stairs(heights, edges, label=f"{name}, mean {own['mean']:.3f}", fill=True, alpha=0.4)
+            lowest = min(lowest, *(edge for edge, height in zip(edges, heights, strict=False) if height))
+    axes.set_xlim(lowest, 1)
     axes.legend(frameon=False)
     save(figure, file)
 

@@ -26,11 +26,10 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 
+from bases import layouts
 from external import files, hub
 
-MAX_LENGTH = (
-    35  # tokens of a caption, [CLS] and [SEP] included: BLIP's setting for video retrieval, kept there by habit
-)
+MAX_LENGTH = 35  # tokens of a caption, [CLS] and [SEP] included: BLIP's setting for videos
 REWARD_MEAN, REWARD_STD = 0.16717362830052426, 1.0333394966054072  # of the raw numbers on its training set
 PIXEL_MEAN, PIXEL_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
 MLP_WIDTHS = (1024, 128, 64, 16, 1)
@@ -247,12 +246,8 @@ class Scorer:
     """score(captions, images) -> floats, by ImageReward or by BLIP's ITC."""
 
     def __init__(self, model: nn.Module, tokenizer: Tokenizer, image_size: int, device: str):
-        self.model, self.tokenizer, self.image_size, self.device = (
-            model.to(device).eval(),
-            tokenizer,
-            image_size,
-            device,
-        )
+        self.model = model.to(device).eval()
+        self.tokenizer, self.image_size, self.device = tokenizer, image_size, device
 
     def caption_ids(self, caption: str) -> list[int]:
         words = self.tokenizer.encode(caption, add_special_tokens=False).ids[: MAX_LENGTH - 2]
@@ -323,10 +318,7 @@ def load_strictly(model: nn.Module, state: dict[str, Tensor], file: Path) -> Non
     missing = [name for name in wanted if name not in state]
     wrong = [f"{name} {tuple(state[name].shape)} instead of {tuple(tensor.shape)}" for name, tensor in wanted.items()
              if name in state and state[name].shape != tensor.shape]  # fmt: skip
-    if missing or wrong:
-        lines = [f"  {len(names)} {what}: {', '.join(names[:10])}"
-                 for what, names in (("missing", missing), ("of another shape", wrong)) if names]  # fmt: skip
-        raise SystemExit(f"{file}: these weights do not fit; no score comes from a random tensor\n" + "\n".join(lines))
+    layouts.refuse_misfits(f"{file}: the weights do not fit; no score comes from a random tensor", missing, [], wrong)
     known = ("blip.vision_proj.", "blip.text_proj.", "mlp.")  # of one score or the other
     surplus = [name for name in state if name not in wanted and not name.startswith(known) and not UNUSED.search(name)]
     if surplus:
@@ -342,11 +334,9 @@ def build_towers(state: dict[str, Tensor], found: Files, heads: int | None) -> t
     width, _, patch, _ = state[needed[0]].shape
     patches = state[needed[1]].shape[1] - 1
     layers = {name.split(".")[2] for name in state if name.startswith("visual_encoder.blocks.")}
-    heads = heads or max(1, width // 64)
-    if width % heads:
-        raise SystemExit(
-            f"{found.weights}: a tower of width {width} does not split into {heads} heads; see --vision-heads"
-        )
+    if width % (heads or 64):
+        raise SystemExit(f"{found.weights}: how many heads has a tower of width {width}? Give --vision-heads.")
+    heads = heads or width // 64
     vision = VisionTransformer(width, len(layers), heads, math.isqrt(patches) * patch, patch)
     config = files.read_json(found.config)
     names = ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size", "vocab_size",

@@ -72,7 +72,7 @@ def load_classifier(folder: Path, dtype: torch.dtype, device: str) -> Classifier
         raise SystemExit(f"{folder}/config.json wants remote code ({config['auto_map']}), which is not run here")
     try:
         model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, output_loading_info=True
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, RuntimeError) as error:

@@ -31,9 +31,9 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from external import files
+from external.progress import progress
 
 INSTALL = "pip install -r requirements-pds.txt"
 Row = dict
@@ -144,9 +144,7 @@ def read_done(out: Path, inputs: dict[Key, Row], added: set[str]) -> dict[Key, R
         key = row_key(row)
         source = inputs.get(key)
         if source is None:
-            raise SystemExit(
-                f"{where}: {key[0]} is not in the input. Give the input it was made from, or another --out."
-            )
+            raise SystemExit(f"{where}: {key[0]} is not in the input; give the one it was made from, or another --out.")
         if key in done:
             raise SystemExit(f"{where}: {key[0]} is there twice; delete one of the lines.")
         changed = [name for name in source if name not in added and row.get(name) != source[name]]
@@ -271,7 +269,7 @@ def run(
         if todo:
             work = load()
             size = batch_size(args.batch, work.row_bytes)
-            with tqdm(total=len(chosen), initial=len(chosen) - len(todo), unit="row", disable=None) as bar:
+            with progress(what="rows", total=len(chosen), done=len(chosen) - len(todo)) as bar:
                 for results in in_batches(todo, work, size):
                     log.append(results)
                     done |= {row_key(row): row for row in results}
@@ -336,9 +334,7 @@ def optional(module: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise SystemExit(
-            f"this needs {error.name}, which is not installed: pip install -r requirements-pds.txt"
-        ) from None
+        raise SystemExit(f"{error.name} is not installed, it is needed here: {INSTALL}") from None
 
 
 def beside(path: Path, out: Path) -> str:

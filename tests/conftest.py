@@ -108,3 +108,15 @@ def pairs_file(tmp_path_factory):
         rows.append(dict(id=f"p{i}", image=f"{i}.png", prompt=QUESTIONS[i], chosen=ANSWERS[i], rejected=ANSWERS[i - 2]))
     (folder / "pairs.json").write_text(json.dumps(rows))
     return folder / "pairs.json"
+
+
+@pytest.fixture(scope="session")
+def tiny_judges(tmp_path_factory):
+    """A folder with a tiny ImageReward, ArmoRM and CLIP in the published layouts."""
+    from pds import demo
+
+    folder = tmp_path_factory.mktemp("judges")
+    demo.write_imagereward(folder / "imagereward")
+    demo.write_armorm(folder / "armorm")
+    demo.write_clip(folder / "clip")
+    return folder
