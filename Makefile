@@ -31,7 +31,7 @@ format: .venv/dev
 	$(PIP) -r requirements.txt
 	@touch $@
 
-.venv/dev: .venv/core requirements-dev.txt
+.venv/dev: .venv/core requirements-plot.txt requirements-pds.txt requirements-dev.txt
 	$(PIP) -r requirements-dev.txt
 	@touch $@
 
