@@ -19,7 +19,7 @@ import pictures
 from data import Pair, Problem
 from external.terminal import LONGEST, printable
 from formats.command import data_parser, read_and_examine
-from formats.problems import TOO_LONG, Examined, rows_in
+from formats.problems import TOO_LONG, Examined, rows_in, too_few
 
 EXTREME_ASPECT = 5.0  # longer side over shorter; padding to a square then fills four fifths of what the model sees
 FOREIGN_TEMPLATE = re.compile(
@@ -49,9 +49,10 @@ def check(examined: Examined, in_tokens: bool) -> None:
     if examined.strategy:
         print(f"m_l by {examined.strategy!r}")
     print(f"{name}: {len(bad)} of {rows_in(examined)} rows cannot be used")
-    if all(p.row in bad for p in pairs):
-        print(f"{name}: no usable rows")
-    if bad or not pairs:
+    reason = too_few(examined)
+    if reason:
+        print(reason)
+    if bad or reason:
         raise SystemExit(1)
 
 

@@ -57,7 +57,7 @@ def read_chat(value, alone: str) -> Chat:
     found = {}
     images = []
     for message in messages:
-        role = message.get("role", message.get("from"))
+        role = message.get("role") or message.get("from")
         if role is not None and role not in ROLES:
             raise BadRow("message of an unknown role", repr(role))
         part = alone if role is None else ROLES[role]
@@ -70,7 +70,9 @@ def read_chat(value, alone: str) -> Chat:
 
 def message_content(message: dict) -> tuple[str, list]:
     """(text, pictures) of a message whose content is text or a list of parts; a picture's place alone is none."""
-    content = message["content" if "content" in message else "value"]
+    content = message.get("content")
+    if content is None:
+        content = message["value"]  # LLaVA's word
     if isinstance(content, str):
         return content, []
     texts = []

@@ -108,12 +108,20 @@ def usable(examined: Examined, skip_bad: bool) -> list[Pair]:
         if not skip_bad:
             raise SystemExit(f"{where}\n{summary}. Fix the data, or leave these rows out with --skip-bad.")
         print(f"{name}: {summary}, left out (--skip-bad); the first: {where}")
-    good = [p for p in pairs if p.row not in bad]
-    if not good:
-        raise SystemExit(f"{name}: no usable rows")
-    if examined.strategy == "random" and len(good) < 2:
-        raise SystemExit("--rejected-image random takes another example's picture: at least 2 pairs are needed")
-    return good
+    reason = too_few(examined)
+    if reason:
+        raise SystemExit(reason)
+    return [p for p in pairs if p.row not in bad]
+
+
+def too_few(examined: Examined) -> str | None:
+    """Why what is left without the bad rows is not enough to train on, or None."""
+    left = len({p.row for p in examined.pairs} - {p.row for p in examined.problems})
+    if left == 0:
+        return f"{examined.name}: no usable rows"
+    if left == 1 and examined.strategy == "random":
+        return "--rejected-image random takes another example's picture: at least 2 pairs are needed"
+    return None
 
 
 def rows_in(examined: Examined) -> int:

@@ -115,7 +115,7 @@ def jsonl_rows(file: Path, keys_twice: Counter) -> Iterator[tuple[int, dict | No
         try:
             row = parse(line, keys_twice)
         except ValueError as e:
-            reason = f"{e.msg} at column {e.colno}" if isinstance(e, json.JSONDecodeError) else str(e)
+            reason = f"column {e.colno}: {e.msg}" if isinstance(e, json.JSONDecodeError) else str(e)
             yield line_number, None, reason
             continue
         if isinstance(row, dict):

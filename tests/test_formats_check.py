@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import losses
+import train
 from bases.checkpoint import read_config
 from bases.tokenizer import load_tokenizer
 from bench import loading
@@ -105,6 +107,82 @@ def test_show_prints_what_the_model_sees(bad_data, tiny_base, tmp_path, capsys):
     assert image.size == (80, 60) and image.getpixel((8 + 14, 24 + 14)) == (255, 0, 0)
     assert image.getpixel((44 + 14, 24 + 14)) == (255, 0, 0)
     assert image.getpixel((8 + 14, 24 + 1)) == image.getpixel((44 + 14, 24 + 1)) == (122, 116, 104)  # padding
+
+
+def outcome(command, arguments: list[str], capsys) -> tuple[int, str]:
+    """Exit status and everything printed, as the shell shows it."""
+    code = 0
+    try:
+        command.main(arguments)
+    except SystemExit as e:
+        code = e.code if isinstance(e.code, int) else 1
+        if isinstance(e.code, str):
+            print(e.code)
+    return code or 0, capsys.readouterr().out
+
+
+def given_rows(**last) -> list[dict]:
+    return [row(i, image_rejected="ok.png") for i in range(3)] + [row(3, **({"image_rejected": "ok.png"} | last))]
+
+
+AGREE = {  # name: (rows, flags, exit status, words that check, show and train all print)
+    "all given": (given_rows(), [], 0, "given"),
+    "one given picture missing": (given_rows(image_rejected="none.png"), [], 1, "missing image"),
+    "the same, not looked at": (given_rows(image_rejected="none.png"), ["--recipe", "dpo"], 0, ""),
+    "the same, cropped": (given_rows(image_rejected="none.png"), ["--rejected-image", "crop:0.2-0.5"], 0, ""),
+    "three of four given": (given_rows(image_rejected=None), [], 0, "only 3 of 4 rows bring a rejected image"),
+    "a missing picture": (given_rows(image="none.png"), [], 1, "missing image"),
+    "no pictures looked at": ([row(1, image="none.png")], ["--recipe", "dpo-no-image"], 0, ""),
+    "too long": ([row(1), row(2, chosen="no " * 60)], ["--max-length", "190"], 1, "too long"),
+    "too long, cut": ([row(1), row(2, chosen="no " * 60)], ["--max-length", "190", "--cut-long"], 0, ""),
+    "one row, random": ([row(1)], ["--rejected-image", "random"], 1, "at least 2 pairs"),
+    "nothing usable": ([row(1, chosen="")], [], 1, "empty chosen"),
+}
+
+
+@pytest.mark.parametrize("name", AGREE)
+def test_check_and_train_agree(name, tmp_path, tiny_base, capsys):
+    rows, flags, status, words = AGREE[name]
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "ok.png")
+    data = write(tmp_path, rows)
+    checked, check_says = outcome(check, [data, "--base", str(tiny_base), *flags], capsys)
+    run = ["--base", str(tiny_base), "--data", data, "--out", str(tmp_path / "run"), "--workers", "0", *flags]
+    trained, train_says = outcome(train, [*run, "--max-steps", "1", "--lora-r", "2"], capsys)
+    assert (checked, trained) == (status, status), check_says + train_says
+    assert words in check_says and (words in train_says or words == "given")
+    if status == 0:
+        strategy = json.loads((tmp_path / "run/args.json").read_text())["rejected_image"]
+        assert (f"m_l by {strategy!r}\n" in check_says) == (strategy is not None)
+        shown, show_says = outcome(
+            show, [data, "--base", str(tiny_base), "--out", str(tmp_path / "sheet.png"), *flags], capsys
+        )
+        assert shown == 0 and "cannot be used" not in show_says
+        assert (f"m_l by {strategy!r}, " in show_says) == (strategy is not None)
+
+
+def test_recipes_are_those_of_training():
+    assert list(command.RECIPES) == list(train.RECIPES)
+    for name, looks in command.RECIPES.items():
+        assert looks.m_l == losses.needs_image_rejected(train.RECIPES[name]["terms"])
+        assert looks.with_image == (name != "dpo-no-image")
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["[INST] What? [/INST]", "<|im_start|>user\nWhat?<|im_end|>", "USER: <image>\nWhat?", "### Human: What?",
+     "<|start_header_id|>user<|end_header_id|>What?", "Hm.\nASSISTANT: yes. What?"],
+)  # fmt: skip
+def test_other_templates_inside_a_prompt_are_pointed_out(prompt, tmp_path, capsys):
+    Image.new("RGB", (9, 9)).save(tmp_path / "ok.png")
+    check.main([write(tmp_path, [row(1), row(2, prompt=prompt)])])
+    assert f"note: 1 with another template inside the prompt: {tmp_path}/d.json:2:r2\n" in capsys.readouterr().out
+
+
+def test_check_of_no_pairs_at_all(tmp_path, capsys):
+    rating = {"a": {"Rating": "3"}}
+    tie = {"img_path": "a", "prompt": "Q?", "completions": [{"response": r, "annotations": rating} for r in "ab"]}
+    status, says = outcome(check, [write(tmp_path, [tie])], capsys)
+    assert status == 1 and "no usable rows" in says and "left out: 1 with all ratings equal" in says
 
 
 def test_time_and_usage(pairs_file, tiny_base, capsys):

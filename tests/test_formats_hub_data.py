@@ -63,12 +63,53 @@ def tarred(names) -> bytes:
 def test_names():
     assert all(map(hub_data.is_name, ["mdpo-10k", "rlhf-v", "rlaif-v", "pds-dpo", "openbmb/RLHF-V-Dataset"]))
     assert not any(map(hub_data.is_name, ["data/pairs.json", "pairs.jsonl", "../x/y", "a/b/c", "mdpo-11k", __file__]))
-    assert hub_data.DEFAULT == "mdpo-10k" and hub_data.NAMED["mdpo-10k"][0] == "fwnlp/mDPO-preference-data"
+    assert hub_data.DEFAULT == "mdpo-10k" and hub_data.NAMED["mdpo-10k"].repository == "fwnlp/mDPO-preference-data"
+
+
+def test_a_typo_in_a_local_path_is_no_hub_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for typo in ("data/pairs", "mydata/pairs.csv", "mydata/pairs.JSONL"):
+        with pytest.raises(SystemExit, match="no such file|a .csv file"):
+            read_pairs(typo)
+
+
+@pytest.mark.parametrize("name, file", [("pds-dpo", "9k"), ("pds-dpo-2k", "2k")])
+def test_pds_dpo_is_one_of_four_overlapping_files(name, file, cache, capsys):
+    sizes = {"2k": 2, "5k": 3, "7k": 4, "9k": 5}
+    files = {"images.tar": tarred(f"images/art-{i}.jpg" for i in range(1, 6))}
+    for size, n in sizes.items():
+        rows = [{"id": f"art-{i}", "image": f"images/art-{i}.jpg", "prompt": "Q?", "chosen": "Yes", "rejected": "No"}
+                for i in range(1, n + 1)]  # fmt: skip
+        files[f"{size}-pds-dpo.json"] = json.dumps(rows).encode()
+    put(cache, "pdsdpo/pdsdpo-v1_0-data", files)
+    pairs, problems = read_pairs(name)
+    assert len(pairs) == sizes[file] and not problems
+    assert pairs[1].image.read_text() == "picture images/art-2.jpg"
+    assert pairs[1].where == f"{name}/{file}-pds-dpo.json:2"
+
+
+@pytest.mark.parametrize("damage", ["cut tar", "encrypted zip", "large"])
+def test_archives_that_cannot_be_unpacked_leave_nothing(damage, cache, tmp_path, monkeypatch):
+    put(cache, "fwnlp/mDPO-preference-data", {"d.json": json.dumps(MDPO).encode()})
+    names = [f"pic-{i}.png" for i in range(200)]
+    packed = {"cut tar": tarred(names)[:700], "encrypted zip": bytearray(zipped(names)), "large": zipped(names)}[damage]
+    if damage == "encrypted zip":
+        for start in (b"PK\x03\x04", b"PK\x01\x02"):  # bit 0 of the flags, 6 or 8 bytes into each header
+            at = packed.find(start)
+            packed[at + (6 if start[2] == 3 else 8)] |= 1
+    if damage == "large":
+        monkeypatch.setattr(hub_data, "LARGEST_PICTURE", 10)
+    name = "m.tar.gz" if damage == "cut tar" else "m.zip"
+    put(cache, "MMInstruction/VLFeedback", {name: bytes(packed)})
+    with pytest.raises(SystemExit, match="cannot be unpacked|would take 17 bytes"):  # "picture pic-0.png"
+        read_pairs("mdpo-10k")
+    assert not list((tmp_path / "nanomdpo").iterdir())
 
 
 @pytest.mark.parametrize("name", [*hub_data.NAMED, "some/thing"])
 def test_offline_and_not_cached_is_one_sentence(name, cache):
-    repository = hub_data.NAMED.get(name, [name])[0]
+    repository = hub_data.NAMED[name].repository if name in hub_data.NAMED else name
     with pytest.raises(SystemExit) as e:
         read_pairs(name)
     message = str(e.value)

@@ -5,41 +5,12 @@ import io
 import json
 
 import pytest
+from format_rows import PNG, TEMPLATED, Y_L, Y_W, Q, rating, write
 from PIL import Image
 
 import data
 from data import Pair, Problem
 from formats.readers import read_pairs
-
-Q, Y_W, Y_L = "What is this?", "A red bus.", "A dog."
-TEMPLATED = (
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
-    "and polite answers to the user's questions. USER: <image>\nWhat is this? ASSISTANT:"
-)
-
-
-def png() -> bytes:
-    out = io.BytesIO()
-    Image.effect_noise((24, 24), 50).convert("RGB").save(out, "PNG")
-    return out.getvalue()
-
-
-PNG = png()
-
-
-def rating(*values):
-    aspects = ("Helpfulness", "Ethical Considerations", "Visual Faithfulness")
-    return {aspect: {"Rating": value, "Rationale": ""} for aspect, value in zip(aspects, values, strict=True)}
-
-
-def write(folder, rows, name="data.json"):
-    file = folder / name
-    if name.endswith(".parquet"):
-        pytest.importorskip("pyarrow.parquet").write_table(pytest.importorskip("pyarrow").Table.from_pylist(rows), file)
-    else:
-        file.write_text(json.dumps(rows) if name.endswith(".json") else "\n".join(map(json.dumps, rows)) + "\n")
-    return file
-
 
 # (rows as stored, file name, id, whether the picture is in the file)
 GOLDEN = {
@@ -112,6 +83,31 @@ def first(folder, **changes):
 )
 def test_base64_picture(image, tmp_path):
     assert first(tmp_path, image=image).image == PNG
+
+
+@pytest.mark.parametrize("file_format", ["BMP", "TIFF", "JPEG", "GIF"])
+def test_base64_of_every_format_and_in_lines(file_format, tmp_path):
+    out = io.BytesIO()
+    Image.effect_noise((24, 24), 50).convert("RGB").save(out, file_format)
+    assert first(tmp_path, image=base64.b64encode(out.getvalue()).decode()).image == out.getvalue()
+    assert first(tmp_path, image=base64.encodebytes(out.getvalue()).decode()).image == out.getvalue()
+
+
+@pytest.mark.parametrize(
+    "image, reason",
+    [
+        ("http://127.0.0.1/a.png", "image is an address"),
+        ("file:///etc/passwd", "image is an address"),
+        ("a\0.png", "image path cannot be followed"),
+        ("loop/a.png", "image path cannot be followed"),
+        ("no. picture. " * 1000, "image is neither a path nor bytes"),
+        ("data:image/png;base64,\u00e9", "broken image"),
+    ],
+)
+def test_odd_picture_sources_are_problems_of_one_line(image, reason, tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    problem = first(tmp_path, image=image)
+    assert problem.reason == reason and len(problem.detail) < 250
 
 
 def test_given_rejected_image(tmp_path):
