@@ -2,7 +2,14 @@
 
 Both find the 80 COCO objects in a text by a list of synonyms and compare with the instances and reference captions of
 the picture. Object HalBench has 300 answers, its own list, WordNet lemmas, and (as published) a language model that
-lists the objects first. mDPO's Table 1 reports Object HalBench: `chair_s_refine` and `chair_i` of the model-based form.
+lists the objects first.
+
+CHAIR_s has two denominators, so it has two names here (`chair_metrics`):
+
+    chair_s         answers that invent an object / all answers                       CHAIR 2018, and our toy world
+    chair_s_refine  answers that invent an object / answers that name an object       Object HalBench, as it publishes
+
+mDPO's Table 1 says "CHAIR_s on Object HalBench" and no denominator; `lab/report.py` puts `chair_s_refine` beside it.
 
 Deviations:
 1. `pattern.en.singularize` and the WordNet lemmatizer are replaced by tables of what they answer on every word that
@@ -16,6 +23,7 @@ Run: python eval_chair.py --answers answers.jsonl --annotations coco/annotations
      --protocol objhal [--extractor URL --extractor-model M] [--json result.json]
 """
 
+import argparse
 import json
 import re
 from pathlib import Path
@@ -24,19 +32,66 @@ from typing import NamedTuple
 from evals import stats
 from evals.stats import Part, ratio
 from external import endpoint, files
+from external.endpoint import Endpoint
 
 SCORER = "eval_chair.py 1"
-WORD = re.compile(r"[a-z0-9]+(?:[-./'][a-z0-9]+)*(?<!'s)|'[a-z]+|[^\sa-z0-9]")
-OFFICIAL_SYNONYMS = {
-    "chair2018": "b685537b36fe21b791c87151b96a991ceb582edff19f3da204dcc7a7905502f2",
-    "objhal": "681041d2958d7871ed6fa69c3108f34aa6a0a354eb53ed4c5a425e65f86bc72a",
-}
+
+# ---- the scores ----------------------------------------------------------------------------------------------------
+
 DENOMINATORS = {
     "chair_s": "answers that invent an object / all answers (CHAIRs)",
     "chair_s_refine": "answers that invent an object / answers that name an object (Response Hall, as published)",
     "chair_i": "invented mentions / all mentions, pooled over answers (CHAIRi, Object Hall)",
     "recall": "true objects that were named / all true objects, pooled over answers",
     "mean_objects": "mentions / answers",
+}
+
+
+def chair_counts(said: list[str], truth: set[str]) -> dict[str, int]:
+    """A caption's share of every sum the scores are made of. A mention is hallucinated iff it is not in truth."""
+    invented = [node for node in said if node not in truth]
+    return {
+        "n": 1,
+        "n_with_object": int(len(said) > 0),
+        "n_hallucinated": int(len(invented) > 0),
+        "n_mentions": len(said),
+        "n_hallucinated_mentions": len(invented),
+        "n_truth": len(truth),
+        "n_recalled": len(truth.intersection(said)),
+    }
+
+
+def chair_metrics(s: dict) -> dict:
+    """Sums over captions -> scores; numbers or arrays."""
+    return {
+        "chair_s": ratio(s["n_hallucinated"], s["n"]),
+        "chair_s_refine": ratio(s["n_hallucinated"], s["n_with_object"]),
+        "chair_i": ratio(s["n_hallucinated_mentions"], s["n_mentions"]),
+        "recall": ratio(s["n_recalled"], s["n_truth"]),
+        "mean_objects": ratio(s["n_mentions"], s["n"]),
+    }
+
+
+def chair_scores(mentions: list[list[str]], truth: list[set[str]]) -> dict:
+    """Scores from node words: mentions[i] as said in caption i, in order, with repetitions; truth[i] what is there.
+
+    Fractions 0..1 (DENOMINATORS says of what), None where the denominator is 0; and the counts behind them.
+    """
+    part = chair_part(list(range(len(mentions))), mentions, truth)
+    return stats.values(part) | stats.sums(part.rows)
+
+
+def chair_part(ids: list[int], mentions: list[list[str]], truth: list[set[str]]) -> Part:
+    counts = [chair_counts(said, true) for said, true in zip(mentions, truth, strict=True)]
+    return Part(ids, counts, chair_metrics)
+
+
+# ---- text -> objects -----------------------------------------------------------------------------------------------
+
+WORD = re.compile(r"[a-z0-9]+(?:[-./'][a-z0-9]+)*(?<!'s)|'[a-z]+|[^\sa-z0-9]")
+OFFICIAL_SYNONYMS = {
+    "chair2018": "b685537b36fe21b791c87151b96a991ceb582edff19f3da204dcc7a7905502f2",
+    "objhal": "681041d2958d7871ed6fa69c3108f34aa6a0a354eb53ed4c5a425e65f86bc72a",
 }
 # CHAIR 2018's two-word names ("stove top oven" never matches). Home plate and train track only hide their words.
 PAIRS_2018 = (
@@ -45,29 +100,13 @@ PAIRS_2018 = (
     "potted plant,bow tie,laptop computer,motor bike,motor cycle,air plane,home plate,train track"
 ).split(",")
 ANIMALS = "bird cat dog horse sheep cow elephant bear zebra giraffe animal cub".split()
-# Words that end a compound noun or only describe one; they stand in for the original's part-of-speech tagger.
-NOT_A_NOUN = frozenset(
-    "a an the of on in at with and or by for from to near next his her their its some several many few one two three "
-    "four five six seven eight nine ten large big small little tiny tall short long old young new black white red blue "
-    "green yellow brown orange gray grey pink purple silver golden dark light bright wooden open empty full various "
-    "other adult stuffed colorful - / ' . ,".split()
-)
-EXTRACT = """You list the objects that a picture description says are in the picture.
-
-[Question]
-<image> {question}
-[End of question]
-
-[Description]
-{answer}
-[End of description]
-
-Treat the description as true. Rules:
-1. List only objects that the description says are visible in the picture, nothing you infer.
-2. Give each object as a plain noun, without number, colour, size, material or any other attribute.
-3. Do not list parts, feelings, actions or qualities as objects.
-4. Answer with one JSON list of strings and nothing else, such as ["dog", "tennis racket"].
-5. If there is no object, answer []."""
+OTHER_PAIRS = {
+    "passenger jet": "jet",
+    "passenger train": "train",
+    "bow tie": "tie",
+    "toilet seat": "toilet",
+    "wine glas": "wine glass",  # the 2018 singular of "glass" is "glas"
+}
 
 
 class Vocabulary(NamedTuple):
@@ -80,24 +119,30 @@ def load_vocabulary(synonyms: str, protocol: str) -> Vocabulary:
     """synonyms: one line per COCO object, the object's name first."""
     node = {}
     for line in files.read_text(synonyms).strip().split("\n"):
-        # CHAIR splits at ", " and nothing else, so that " motor bike" after a double blank never matches; this is in
-        # the published numbers. Object HalBench cleaned its list.
-        names = line.strip().split(", ") if protocol == "chair2018" else [name.strip() for name in line.split(",")]
+        if protocol == "chair2018":
+            # at ", " and nothing else, so that " motor bike" after a double blank never matches: the published numbers
+            # have it so
+            names = line.strip().split(", ")
+        else:
+            names = [name.strip() for name in line.split(",")]
         node.update(dict.fromkeys(names, names[0]))
-    names = PAIRS_2018 if protocol == "chair2018" else [n for n in node if " " in n] + ["home plate", "train track"]
-    pairs = {name: name for name in names}
-    pairs |= {f"{age} {animal}": animal for age in ("baby", "adult") for animal in ANIMALS}
-    pairs |= {"passenger jet": "jet", "passenger train": "train", "bow tie": "tie", "toilet seat": "toilet"}
-    pairs["wine glas"] = "wine glass"  # the 2018 singular of "glass" is "glas"
+    if protocol == "chair2018":
+        pair_names = PAIRS_2018
+    else:
+        pair_names = [name for name in node if " " in name] + ["home plate", "train track"]
+    pairs = {name: name for name in pair_names}
+    for animal in ANIMALS:
+        pairs[f"baby {animal}"] = animal
+        pairs[f"adult {animal}"] = animal
     table = "chair_singular_forms.json" if protocol == "chair2018" else "wordnet_noun_forms.json"
-    return Vocabulary(node, pairs, stats.word_forms(table))
+    return Vocabulary(node, pairs | OTHER_PAIRS, stats.word_forms(table))
 
 
 def merge_pairs(words: list[str], pairs: dict[str, str]) -> list[str]:
     """Joins two-word names from left to right; a word belongs to one name only."""
     merged, i = [], 0
     while i < len(words):
-        pair = pairs.get(f"{words[i]} {words[i + 1]}") if i + 1 < len(words) else None
+        pair = pairs.get(" ".join(words[i : i + 2]))
         merged.append(pair or words[i])
         i += 2 if pair else 1
     return merged
@@ -116,6 +161,61 @@ def text_objects(text: str, vocabulary: Vocabulary) -> list[tuple[str, str]]:
     return known_objects(merge_pairs(words, vocabulary.pairs), vocabulary)
 
 
+# ---- objects listed by a language model ----------------------------------------------------------------------------
+
+EXTRACT = """You list the objects that a picture description says are in the picture.
+
+[Question]
+<image> {question}
+[End of question]
+
+[Description]
+{answer}
+[End of description]
+
+Treat the description as true. Rules:
+1. List only objects that the description says are visible in the picture, nothing you infer.
+2. Give each object as a plain noun, without number, colour, size, material or any other attribute.
+3. Do not list parts, feelings, actions or qualities as objects.
+4. Answer with one JSON list of strings and nothing else, such as ["dog", "tennis racket"].
+5. If there is no object, answer []."""
+# Words that end a compound noun or only describe one; they stand in for the original's part-of-speech tagger.
+NOT_A_NOUN = frozenset(
+    "a an the of on in at with and or by for from to near next his her their its some several many few one two three "
+    "four five six seven eight nine ten large big small little tiny tall short long old young new black white red blue "
+    "green yellow brown orange gray grey pink purple silver golden dark light bright wooden open empty full various "
+    "other adult stuffed colorful - / ' . ,".split()
+)
+SHORT = 3  # answers of so few words are not sent, and name nothing
+
+
+def extract(rows: list[dict], ids: list[int], path: str, asked: Endpoint) -> list[list[str]]:
+    """Names the language model finds in each answer."""
+    requests = {}
+    for row, key in zip(rows, ids, strict=True):
+        if len(row["answer"].split()) > SHORT:
+            question = row.get("question") or row.get("prompt") or ""
+            requests[str(key)] = {
+                "model": asked.model,
+                "messages": [{"role": "system", "content": EXTRACT.format(question=question, answer=row["answer"])}],
+                "temperature": 0.2,
+                "top_p": 1,
+                "max_tokens": 512,
+            }
+    saved = files.read_json(path) if Path(path).is_file() else []
+    if isinstance(saved, dict):  # {image_id: text of the reply}, from another tool
+        texts = saved
+        if missing := sorted(requests.keys() - texts.keys()):
+            raise SystemExit(f"{path}: no reply for {len(missing)} answers, such as of image {missing[:3]}.")
+    else:
+        replies = endpoint.ask_all(requests, path, reply_objects, asked)
+        texts = {key: endpoint.reply_text(reply) for key, reply in zip(requests, replies, strict=True)}
+    try:
+        return [reply_objects(texts[str(key)]) if str(key) in requests else [] for key in ids]
+    except ValueError as error:
+        raise SystemExit(f"{path}: a reply without a list of objects ({error}); remove it and ask again.") from error
+
+
 def reply_objects(reply: str) -> list[str]:
     """The list in an extractor's reply: all of it, or its last line. ValueError when there is none."""
     lines = [line for line in reply.strip().split("\n") if not line.startswith("```")]
@@ -132,13 +232,14 @@ def reply_objects(reply: str) -> list[str]:
 
 def phrase_nouns(name: str, vocabulary: Vocabulary) -> list[str]:
     """Nouns of one extracted name: its known pairs if there are any, else runs of words that are not NOT_A_NOUN."""
-    # the tagger's lemma of "men" is "man"; WordNet alone keeps "men"
-    words = [{"men": "man"}.get(word, vocabulary.forms.get(word, word)) for word in WORD.findall(name.lower())]
-    neighbours = map(" ".join, zip(words, words[1:], strict=False))
-    found = [vocabulary.pairs[pair] for pair in neighbours if pair in vocabulary.pairs]
+    words = [vocabulary.forms.get(word, word) for word in WORD.findall(name.lower())]
+    words = ["man" if word == "men" else word for word in words]  # the tagger's lemma; WordNet alone keeps "men"
+    neighbours = [" ".join(two) for two in zip(words, words[1:], strict=False)]
+    if found := [vocabulary.pairs[pair] for pair in neighbours if pair in vocabulary.pairs]:
+        return found
     runs = " ".join("|" if word in NOT_A_NOUN else word for word in words).split("|")
-    # a name of nothing but describing words ("orange", "light") ends in a noun after all
-    return found or [run.strip() for run in runs if run.strip()] or words[-1:]
+    nouns = [run.strip() for run in runs if run.strip()]
+    return nouns or words[-1:]  # a name of nothing but describing words ("orange", "light") ends in a noun after all
 
 
 def noun_objects(nouns: list[str], vocabulary: Vocabulary) -> list[tuple[str, str]]:
@@ -146,15 +247,19 @@ def noun_objects(nouns: list[str], vocabulary: Vocabulary) -> list[tuple[str, st
     return known_objects(list(dict.fromkeys(nouns)), vocabulary)
 
 
+# ---- what is in the pictures ---------------------------------------------------------------------------------------
+
+
 def load_truth(annotations: str, image_ids: list[int], vocabulary: Vocabulary) -> list[set[str]]:
     """Objects of each picture: its COCO instances, and what its reference captions mention."""
-    truth, known = {image_id: set() for image_id in image_ids}, set()
+    truth = {image_id: set() for image_id in image_ids}
+    known = set()
     for split in ("val2014", "train2014"):
         if known.issuperset(truth):
             break
-        pair = (f"{annotations}/{kind}_{split}.json" for kind in ("instances", "captions"))
-        instances, captions = map(files.read_json, pair)
-        known.update(image["id"] for data in (instances, captions) for image in data["images"])
+        instances = files.read_json(f"{annotations}/instances_{split}.json", dict)
+        captions = files.read_json(f"{annotations}/captions_{split}.json", dict)
+        known.update(image["id"] for image in instances["images"] + captions["images"])
         objects = {category["id"]: category["name"] for category in instances["categories"]}
         for row in instances["annotations"]:
             if row["image_id"] in truth:
@@ -167,36 +272,6 @@ def load_truth(annotations: str, image_ids: list[int], vocabulary: Vocabulary) -
     return [truth[image_id] for image_id in image_ids]
 
 
-def chair_counts(said: list[str], truth: set[str]) -> dict[str, int]:
-    """A caption's share of every sum the scores are made of. A mention is hallucinated iff it is not in truth."""
-    bad = sum(node not in truth for node in said)
-    return {
-        "n": 1, "n_with_object": int(bool(said)), "n_hallucinated": int(bad > 0),
-        "n_mentions": len(said), "n_hallucinated_mentions": bad,
-        "n_truth": len(truth), "n_recalled": len(truth.intersection(said)),
-    }  # fmt: skip
-
-
-def chair_metrics(s: dict) -> dict:
-    """Sums -> scores; numbers or arrays."""
-    return {
-        "chair_s": ratio(s["n_hallucinated"], s["n"]),
-        "chair_s_refine": ratio(s["n_hallucinated"], s["n_with_object"]),
-        "chair_i": ratio(s["n_hallucinated_mentions"], s["n_mentions"]),
-        "recall": ratio(s["n_recalled"], s["n_truth"]),
-        "mean_objects": ratio(s["n_mentions"], s["n"]),
-    }
-
-
-def chair_scores(mentions: list[list[str]], truth: list[set[str]]) -> dict:
-    """Scores from node words: mentions[i] as said in caption i, in order, with repetitions; truth[i] what is there.
-
-    Fractions 0..1 (DENOMINATORS says of what), None where the denominator is 0; and the counts behind them.
-    """
-    counts = [chair_counts(*pair) for pair in zip(mentions, truth, strict=True)]
-    return stats.values(Part([], counts, chair_metrics)) | stats.sums(counts)
-
-
 def image_id(row: dict) -> int:
     """The COCO number: `image_id`, or the end of a COCO file name."""
     found = re.fullmatch(r"\d+", str(row.get("image_id", "")))
@@ -206,80 +281,72 @@ def image_id(row: dict) -> int:
     return int(found[0])
 
 
-def extract(rows: list[dict], ids: list[int], path: str, args) -> list[list[str]]:
-    """Names the language model finds in each answer; answers of three words or fewer are not sent."""
-    requests = {}
-    for row, key in zip(rows, ids, strict=True):
-        if len(row["answer"].split()) > 3:
-            question = row.get("question") or row.get("prompt") or ""
-            content = EXTRACT.format(question=question, answer=row["answer"])
-            body = {"model": args.model, "messages": [{"role": "system", "content": content}]}
-            requests[str(key)] = body | {"temperature": 0.2, "top_p": 1, "max_tokens": 512}
-    saved = files.read_json(path) if Path(path).is_file() else []
-    if isinstance(saved, dict):  # {image_id: text of the reply}, from another tool
-        if missing := sorted(requests.keys() - saved.keys()):
-            raise SystemExit(f"{path}: no reply for {len(missing)} answers, such as of image {missing[:3]}.")
-        texts = saved
-    else:
-        replies = endpoint.ask_all(requests, path, reply_objects, args)
-        texts = {key: endpoint.reply_text(reply) for key, reply in zip(requests, replies, strict=True)}
-    try:
-        return [reply_objects(texts[str(key)]) if str(key) in requests else [] for key in ids]
-    except ValueError as error:
-        raise SystemExit(f"{path}: a reply without a list of objects ({error}); remove it and ask again.") from error
+# ---- answers -> result ---------------------------------------------------------------------------------------------
 
 
-def score(path: str, replies: str | None, vocabulary: Vocabulary, args) -> tuple[dict, list[Part]]:
+def score(path: str, replies: str | None, vocabulary: Vocabulary, args: argparse.Namespace) -> tuple[dict, list[Part]]:
+    """The result of one answer file; `replies` is where the language model's lists are, if it is asked."""
     rows = stats.read_answers(path)
     ids = [image_id(row) for row in rows]
     stats.check_unique(ids, rows, "image")
     if args.protocol == "objhal":
         for row in rows:
             row["answer"] = row["answer"].replace("Assistant:", "").strip()
+    truth = load_truth(args.annotations, ids, vocabulary)
     if replies:
-        extracted = extract(rows, ids, replies, args)
-        nouns = [[noun for name in names for noun in phrase_nouns(name, vocabulary)] for names in extracted]
+        names = extract(rows, ids, replies, asked_endpoint(args))
+        nouns = [[noun for name in listed for noun in phrase_nouns(name, vocabulary)] for listed in names]
         pairs = [noun_objects(said, vocabulary) for said in nouns]
         protocol = f"Object HalBench, objects listed by {args.model or 'saved replies'}"
     else:
         pairs = [text_objects(row["answer"], vocabulary) for row in rows]
         protocol = "CHAIR 2018" if args.protocol == "chair2018" else "Object HalBench, no language model"
-    truth = load_truth(args.annotations, ids, vocabulary)
-    mentions = [[node for _, node in said] for said in pairs]
-    part = Part(ids, [chair_counts(*pair) for pair in zip(mentions, truth, strict=True)], chair_metrics)
+    part = chair_part(ids, [[node for _, node in said] for said in pairs], truth)
     result = stats.header(SCORER, protocol, [path], rows, 300 if args.protocol == "objhal" else None)
+    if args.protocol == "objhal":
+        stats.not_comparable(result, f"{protocol}: published numbers had theirs listed by gpt-3.5-turbo-0613")
     digest = files.sha256(Path(args.synonyms).read_bytes())
     if digest != OFFICIAL_SYNONYMS[args.protocol]:
-        result["warnings"].append(f"{args.synonyms} is not the official list for {args.protocol}")
+        stats.not_comparable(result, f"{args.synonyms} is not the official list for {args.protocol}")
     result |= {
-        "synonyms_sha256": digest, "replies": replies, "denominators": DENOMINATORS,
+        "synonyms_sha256": digest,
+        "replies": replies,
+        "denominators": DENOMINATORS,
         **stats.summary(part),
         "counts": stats.sums(part.rows),
         "rows": [{"id": key, "mentions": pairs[i], "truth": sorted(truth[i])} for i, key in enumerate(ids)],
-    }  # fmt: skip
+    }
     return result, [part]
+
+
+def asked_endpoint(args: argparse.Namespace) -> Endpoint:
+    return Endpoint(args.url, args.model, args.tries, args.timeout, args.parallel)
 
 
 def main(argv: list[str] | None = None) -> None:
     what = "answers.jsonl, an Object HalBench answer file or COCO captions"
-    parser = stats.parser_of(__doc__, "--answers", what, "answer files")
+    parser = stats.scorer_flags(__doc__, "--answers", what, "answer files")
     parser.add_argument("--annotations", required=True, help="folder of instances_ and captions_{train,val}2014.json")
     parser.add_argument("--synonyms", required=True, help="synonyms.txt (chair2018) or synonyms_refine.txt (objhal)")
     parser.add_argument("--protocol", required=True, choices=["chair2018", "objhal"])
     parser.add_argument("--extractor", dest="url", help="OpenAI-compatible endpoint, such as http://localhost:8000/v1")
     parser.add_argument("--extractor-model", dest="model", help="name of the model there")
     parser.add_argument("--replies", nargs="+", help="its saved replies, a file per answer file (ANSWERS.replies.json)")
-    endpoint.llm_flags(parser)
+    endpoint.add_flags(parser)
     args = parser.parse_args(argv)
     paths = args.compare or [args.answers]
-    if (args.url or args.replies) and args.protocol != "objhal" or args.url and not args.model:
-        parser.error("--extractor and --replies belong to --protocol objhal; --extractor needs --extractor-model")
-    if args.replies and len(args.replies) != len(paths):
+    if (args.url or args.replies) and args.protocol != "objhal":
+        parser.error("--extractor and --replies belong to --protocol objhal")
+    if args.url and not args.model:
+        parser.error("--extractor needs --extractor-model")
+    replies = args.replies
+    if not replies:
+        replies = [str(Path(path).with_suffix(".replies.json")) if args.url else None for path in paths]
+    if len(replies) != len(paths):
         parser.error("--replies needs one file per answer file")
-    beside = [str(Path(path).with_suffix(".replies.json")) if args.url else None for path in paths]
     vocabulary = load_vocabulary(args.synonyms, args.protocol)
-    files = zip(paths, args.replies or beside, strict=True)
-    stats.report([score(path, replies, vocabulary, args) for path, replies in files], args.json)
+    scored = [score(path, reply, vocabulary, args) for path, reply in zip(paths, replies, strict=True)]
+    stats.report(scored, args.json)
 
 
 if __name__ == "__main__":

@@ -14,16 +14,18 @@ Deviations:
 Run: python -m evals.amber --answers amber_g.jsonl amber_d.jsonl --data AMBER/data --tagger DIR --similarity pairs.json
 """
 
+import operator
 import re
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from evals import stats
 from evals.stats import Part, ratio
 from external import files
 
-SCORER = "eval_amber.py 1"
+SCORER = "evals.amber 1"
 WORD = re.compile(r"[A-Za-z0-9]+(?:[-./'][A-Za-z0-9]+)*(?<!'s)|'[A-Za-z]+|[^\sA-Za-z0-9]")
 ATTRIBUTES = ("state", "number", "action")
 
@@ -91,39 +93,55 @@ def entries(words: list[str], relation: dict[str, list[str]]) -> list[tuple[str,
     return related + [(word, i) for i, word in enumerate(words)]
 
 
+def first_entry(words: list[tuple[str, int]], noun: str, same: Callable[[str, str], bool]) -> int | None:
+    """The index of the entry that the first word that is the same as the noun stands for."""
+    return next((i for word, i in words if same(noun, word)), None)
+
+
 def score_nouns(nouns: list[str], annotation: dict, relation: dict, safe: set[str], similar: Callable) -> dict:
     """Counts of one response from its lemmatized nouns (case kept: "Ship" is not in the vocabulary)."""
     vocabulary = set(relation).union(*relation.values())
     nouns = [noun for noun in nouns if noun in vocabulary]
-    truth, hallu = entries(annotation["truth"], relation), entries(annotation["hallu"], relation)
+    truth = entries(annotation["truth"], relation)
+    hallu = entries(annotation["hallu"], relation)
     covered, marked, bad = set(), set(), 0
     for noun in nouns:
         if noun in safe:  # not judged, but stays in the denominator
             continue
-        equal = next((i for word, i in truth if word == noun), None)
+        equal = first_entry(truth, noun, operator.eq)
         if equal is not None:
             covered.add(equal)
             continue
         # the first equal and the first similar entry, perhaps two; a noun can count here and still be safe below
-        marked.add(next((i for word, i in hallu if word == noun), None))
-        marked.add(next((i for word, i in hallu if similar(noun, word)), None))
-        close = next((i for word, i in truth if similar(noun, word)), None)
+        marked.add(first_entry(hallu, noun, operator.eq))
+        marked.add(first_entry(hallu, noun, similar))
+        close = first_entry(truth, noun, similar)
         covered.add(close)
-        bad += close is None
+        if close is None:
+            bad += 1
     return {
-        "rows": 1, "clean": int(bad == 0), "bad_nouns": bad, "nouns": len(nouns),
-        "covered": len(covered - {None}), "truth": len(annotation["truth"]),
-        "marked": len(marked - {None}), "hallu": len(annotation["hallu"]),
-    }  # fmt: skip
+        "rows": 1,
+        "clean": int(bad == 0),
+        "bad_nouns": bad,
+        "nouns": len(nouns),
+        "covered": len(covered - {None}),
+        "truth": len(annotation["truth"]),
+        "marked": len(marked - {None}),
+        "hallu": len(annotation["hallu"]),
+    }
 
 
 def score_answer(answer: str, truth: str) -> dict[str, int]:
     """Counts of one Yes/No question; an answer that is neither is wrong, and is not a No."""
     said_no, truth_no = answer == "No", truth == "no"
     return {
-        "questions": 1, "right": int(answer == truth.capitalize()), "neither": int(answer not in ("Yes", "No")),
-        "said_no": int(said_no), "truth_no": int(truth_no), "right_no": int(said_no and truth_no),
-    }  # fmt: skip
+        "questions": 1,
+        "right": int(answer == truth.capitalize()),
+        "neither": int(answer not in ("Yes", "No")),
+        "said_no": int(said_no),
+        "truth_no": int(truth_no),
+        "right_no": int(said_no and truth_no),
+    }
 
 
 def first_word(answer: str) -> str:
@@ -143,7 +161,8 @@ def generative_metrics(s: dict, offset: float = 0.0) -> dict:
 
 
 def discriminative_metrics(s: dict, offset: float = 0.0) -> dict:
-    precision, recall = (ratio(s["right_no"], s[name] + offset) for name in ("said_no", "truth_no"))
+    precision = ratio(s["right_no"], s["said_no"] + offset)
+    recall = ratio(s["right_no"], s["truth_no"] + offset)
     return {
         "accuracy": 100 * ratio(s["right"], s["questions"] + offset),
         "precision": 100 * precision,
@@ -177,33 +196,52 @@ def discriminative_table(rows: list[dict[str, int]], categories: list[str]) -> d
     return table
 
 
-def read_responses(paths: list[str], annotations: list[dict], partial: bool) -> tuple[dict[int, dict], dict[str, int]]:
-    """Row of each id, and how many ids each answered kind has. A kind that is answered must be complete."""
-    rows, ids = [row for path in paths for row in stats.read_answers(path)], []
-    for row in rows:
-        key = next((str(row[k]) for k in ("id", "question_id") if str(row.get(k, "")).isdecimal()), "")
-        if not key or not 1 <= int(key) <= len(annotations):
-            raise SystemExit(f"{row['_where']}: `id` is {row.get('id')!r}, not one of AMBER's 1 to {len(annotations)}.")
-        ids.append(int(key))
-    answered = stats.check_unique(ids, rows, "id")
-    kinds = defaultdict(set)
-    for row in annotations:
-        kinds["attribute" if (kind := category(row)) in ATTRIBUTES else kind].add(row["id"])
-    kinds = {kind: members for kind, members in kinds.items() if members & answered.keys()}
-    wanted = set().union(*kinds.values())
+class Answered(NamedTuple):
+    """Answer rows by id, and how many ids each kind that is answered has."""
+
+    rows: dict[int, dict]
+    kinds: dict[str, int]
+
+
+def read_responses(paths: list[str], annotations: list[dict], partial: bool) -> Answered:
+    """The rows of all files. A kind that is answered must be complete, unless `partial`."""
+    rows = [row for path in paths for row in stats.read_answers(path)]
+    answered = stats.check_unique([read_id(row, len(annotations)) for row in rows], rows, "id")
+    members = defaultdict(set)
+    for annotation in annotations:
+        kind = category(annotation)
+        members["attribute" if kind in ATTRIBUTES else kind].add(annotation["id"])
+    members = {kind: ids for kind, ids in members.items() if ids & answered.keys()}
+    wanted = set().union(*members.values())
     if (lost := sorted(wanted - answered.keys())) and not partial:
-        raise SystemExit(f"{', '.join(paths)}: {len(lost)} of {len(wanted)} ids are not answered, such as {lost[:3]}. "
-                         "Answer them, or add --partial to score the rest under that name.")  # fmt: skip
-    return dict(sorted(answered.items())), {kind: len(members) for kind, members in kinds.items()}
+        raise SystemExit(
+            f"{', '.join(paths)}: {len(lost)} of {len(wanted)} ids are not answered, such as {lost[:3]}. Answer them, "
+            "or add --partial to score the rest under that name."
+        )
+    return Answered(dict(sorted(answered.items())), {kind: len(ids) for kind, ids in members.items()})
+
+
+def read_id(row: dict, last: int) -> int:
+    """AMBER's number of an answer, under `id` or `question_id`."""
+    for name in ("id", "question_id"):
+        found = str(row.get(name, ""))
+        if found.isdecimal():
+            if 1 <= int(found) <= last:
+                return int(found)
+            break
+    raise SystemExit(f"{row['_where']}: `id` is {row.get('id')!r}, not one of AMBER's 1 to {last}.")
 
 
 def score(paths: list[str], data: tuple, nouns_of: Callable | None, similar: Callable, args) -> tuple[dict, list[Part]]:
+    """The result of the answer files of one model: descriptions, yes-or-no questions, or both."""
     annotations, relation, safe = data
     rows, kinds = read_responses(paths, annotations, args.partial)
-    n_expected, truth = sum(kinds.values()), {key: annotations[key - 1] for key in rows}
+    n_expected = sum(kinds.values())
+    truth = {key: annotations[key - 1] for key in rows}
     described = [key for key in rows if category(truth[key]) == "generative"]
     asked = [key for key in rows if category(truth[key]) != "generative"]
-    protocol = f"AMBER {', '.join(kinds)}{' (partial)' * (len(rows) < n_expected)} | Yes/No: {args.yes_no}"
+    partial = " (partial)" if len(rows) < n_expected else ""
+    protocol = f"AMBER {', '.join(kinds)}{partial} | Yes/No: {args.yes_no}"
     result = stats.header(SCORER, protocol, paths, list(rows.values()), n_expected)
     result |= {"kinds": kinds, "metrics": {}, "similarity": None, "nouns": None}
     parts = []
@@ -211,37 +249,49 @@ def score(paths: list[str], data: tuple, nouns_of: Callable | None, similar: Cal
         if nouns_of is None:
             raise SystemExit("Descriptions (ids 1-1004) need --tagger DIR, or --no-tagger for a smoke test.")
         forms = stats.word_forms("wordnet_noun_forms.json")
-        nouns = {key: [forms.get(n, n) for n in nouns_of(rows[key]["answer"])] for key in described}
-        counts = [score_nouns(nouns[key], truth[key], relation, safe, similar) for key in described]
+        counts = []
+        for key in described:
+            nouns = [forms.get(noun, noun) for noun in nouns_of(rows[key]["answer"])]
+            counts.append(score_nouns(nouns, truth[key], relation, safe, similar))
         parts.append(Part(described, counts, generative_metrics))
         result["metrics"] = generative_table(stats.sums(counts))
         result |= {"similarity": args.similarity, "nouns": args.tagger or "every word (--no-tagger)"}
-        result["rows"] = [{"id": key, **c} for key, c in zip(described, counts, strict=True)]
+        result["rows"] = [{"id": key, **count} for key, count in zip(described, counts, strict=True)]
         if args.no_tagger or args.similarity == "exact":
-            result["warnings"].append("no tagger or exact words: not comparable with published CHAIR, Cover, Hal, Cog")
+            reason = "no tagger or exact words: not comparable with published CHAIR, Cover, Hal, Cog"
+            stats.not_comparable(result, reason)
     if asked:
-        said = {key: first_word(r["answer"]) if args.yes_no == "first-word" else r["answer"] for key, r in rows.items()}
-        counts = [score_answer(said[key], truth[key]["truth"]) for key in asked]
+        counts = [score_answer(read_yes_no(rows[key]["answer"], args.yes_no), truth[key]["truth"]) for key in asked]
         parts.append(Part(asked, counts, discriminative_metrics))
         table = discriminative_table(counts, [category(truth[key]) for key in asked])
-        neither = sum(c["neither"] for c in counts)
+        neither = sum(count["neither"] for count in counts)
         result["metrics"] |= {name: value for name, value in table["overall"].items() if name != "n"}
         result |= {"categories": table, "n_neither_yes_nor_no": neither}
         if neither:
             result["warnings"].append(f"{neither} answers are neither Yes nor No and count as wrong (see --yes-no)")
+    add_intervals(result, parts)
+    return result, parts
+
+
+def read_yes_no(answer: str, how: str) -> str:
+    return first_word(answer) if how == "first-word" else answer
+
+
+def add_intervals(result: dict, parts: list[Part]) -> None:
+    """Intervals of every metric; with both parts also AMBER's own score, the mean of 100 - CHAIR and F1."""
     samples = {}
     for i, part in enumerate(parts):
         samples |= stats.bootstrap(part, stats.SEED + i)
-    if described and asked:
-        result["metrics"]["amber_score"] = round((100 - result["metrics"]["chair"] + result["metrics"]["f1"]) / 2, 2)
+    if len(parts) == 2:
+        metrics = result["metrics"]
+        metrics["amber_score"] = round((100 - metrics["chair"] + metrics["f1"]) / 2, 2)
         samples["amber_score"] = (100 - samples["chair"] + samples["f1"]) / 2
     result["intervals"] = {name: stats.interval(values) for name, values in samples.items()}
-    return result, parts
 
 
 def main(argv: list[str] | None = None) -> None:
     what = "answer files, ours or [{id, response}]; their ids say the kind"
-    parser = stats.parser_of(__doc__, "--answers", what, "answer files", nargs="+")
+    parser = stats.scorer_flags(__doc__, "--answers", what, "answer files", nargs="+")
     parser.add_argument("--data", required=True, help="folder of annotations.json, relation.json, safe_words.txt")
     parser.add_argument("--similarity", default="exact", help="exact, or a JSON list of [a, b] pairs above 0.8")
     tagger = parser.add_mutually_exclusive_group()
@@ -252,10 +302,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     nouns_of = load_tagger(args.tagger) if args.tagger else every_word if args.no_tagger else None
     data, similar = load_data(args.data), load_similarity(args.similarity)
-    files = [[path] for path in args.compare] if args.compare else [args.answers]
-    scored = [score(paths, data, nouns_of, similar, args) for paths in files]
-    for name, row in ((n, r) for result, _ in scored for n, r in result.get("categories", {}).items()):
-        print(f"{name:12s}" + " | ".join(f"{key} {value}" for key, value in row.items()))
+    compared = [[path] for path in args.compare] if args.compare else [args.answers]
+    scored = [score(paths, data, nouns_of, similar, args) for paths in compared]
+    for result, _ in scored:
+        for name, row in result.get("categories", {}).items():
+            print(f"{name:12s}" + " | ".join(f"{key} {value}" for key, value in row.items()))
     stats.report(scored, args.json)
 
 

@@ -15,15 +15,18 @@ Run: python -m evals.mmhal --answers answers.jsonl --template response_template.
      --prompt can tell (lengths, generation settings, that the reviews belong to them) is null then
 """
 
+import argparse
 import ast
 
 from evals import stats
 from evals.stats import Part, ratio
 from external import endpoint, files
+from external.endpoint import Endpoint
 
-SCORER = "eval_mmhal.py 1"
+SCORER = "evals.mmhal 1"
 N = 96
 TYPES = ("attribute", "adversarial", "comparison", "counting", "relation", "environment", "holistic", "other")
+PUBLISHED_JUDGE = "gpt-4"  # 0314 and others, all switched off; which one is not told in mDPO's table
 OFFICIAL_PROMPT = "2c73d8c50f1740d000fae62cfeed103c2f7a5bcfa904b27e6e09900e7ce600cc"
 
 
@@ -43,7 +46,10 @@ def mmhal_metrics(s: dict) -> dict:
 
 
 def mmhal_part(scores: list[int]) -> Part:
-    counts = [{"rows": 1, "score": s, "hallucinated": int(s < 3), "informative": s - 3 * (s >= 3)} for s in scores]
+    counts = []
+    for given in scores:
+        informative = given - 3 if given >= 3 else given  # 0-3, with or without something invented
+        counts.append({"rows": 1, "score": given, "hallucinated": int(given < 3), "informative": informative})
     return Part(list(range(len(scores))), counts, mmhal_metrics)
 
 
@@ -57,8 +63,11 @@ def mmhal_scores(scores: list[int]) -> dict:
 def read_prompt(path: str) -> tuple[str, str]:
     """The judge's prompt with its four {} and its sha256."""
     text = files.read_text(path)
-    if path.endswith(".py"):
-        constants = (node.value for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Constant))
+    if path.endswith(".py"):  # read, never run
+        try:
+            constants = [node.value for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Constant)]
+        except (SyntaxError, ValueError, RecursionError) as error:
+            raise SystemExit(f"{path}: not a Python file ({error}).") from None
         text = next((c for c in constants if isinstance(c, str) and c.count("{}") == 4), "")
     elif files.sha256(text.removesuffix("\n").encode()) == OFFICIAL_PROMPT:
         text = text.removesuffix("\n")  # a line end that an editor added
@@ -75,8 +84,10 @@ def match(rows: list[dict], template: list[dict]) -> None:
     for i, (row, record) in enumerate(zip(rows, template, strict=True)):
         asked = row.get("question") or row.get("prompt") or ""
         if record["question"].strip() not in asked:
-            raise SystemExit(f"{row['_where']}: answers {asked!r}, but question {i} of the template is "
-                             f"{record['question']!r}; the answers must be in the template's order.")  # fmt: skip
+            raise SystemExit(
+                f"{row['_where']}: answers {asked!r}, but question {i} of the template is {record['question']!r}; the "
+                "answers must be in the template's order."
+            )
 
 
 def not_empty(reply: str) -> None:
@@ -84,28 +95,21 @@ def not_empty(reply: str) -> None:
         raise ValueError("an empty reply")
 
 
-def judge(rows: list[dict], template: list[dict], prompt: str, args) -> list[dict]:
-    """Replies to the 96 requests, new or saved."""
-    start, *between, end = prompt.split("{}")
+def judge(rows: list[dict], template: list[dict], prompt: str, path: str, asked: Endpoint) -> list[dict]:
+    """Replies to the 96 requests, new or saved at `path`."""
+    pieces = prompt.split("{}")
     requests = {}
     for i, (row, record) in enumerate(zip(rows, template, strict=True)):
         slots = [", ".join(record["image_content"]), record["question"], record["gt_answer"], row["answer"]]
-        content = start + "".join(slot + text for slot, text in zip(slots, [*between, end], strict=True))
-        requests[str(i)] = {"model": args.model, "messages": [{"role": "user", "content": content}], "temperature": 0}
-    return endpoint.ask_all(requests, args.reviews, not_empty, args)
+        content = pieces[0]
+        for slot, text in zip(slots, pieces[1:], strict=True):
+            content += slot + text
+        requests[str(i)] = {"model": asked.model, "messages": [{"role": "user", "content": content}], "temperature": 0}
+    return endpoint.ask_all(requests, path, not_empty, asked)
 
 
-def score(path: str, args) -> tuple[dict, list[Part]]:
-    rows, digest = [], None
-    if args.answers:
-        rows, template = stats.read_answers(args.answers), files.read_rows(args.template)
-        match(rows, template)
-        for row in rows:
-            row["answer"] = row["answer"].replace("Assistant:", "").strip()
-        prompt, digest = read_prompt(args.prompt)
-        reviews = judge(rows, template, prompt, args)
-    else:
-        reviews = files.read_rows(path)
+def read_ratings(reviews: list[dict], path: str) -> list[int | None]:
+    """The rating in each of the 96 reviews, which must be in order."""
     keys = [review.get("key", str(i)) for i, review in enumerate(reviews)]
     if len(reviews) != N or keys != [str(i) for i in range(N)]:
         raise SystemExit(f"{path}: {len(reviews)} reviews in the order {keys[:3]}...; all {N} are needed in order.")
@@ -115,21 +119,39 @@ def score(path: str, args) -> tuple[dict, list[Part]]:
             ratings.append(rating(endpoint.reply_text(review)))
         except ValueError as error:
             raise SystemExit(f"{path}: review {i}: {error}; remove it and ask again.") from error
-    scores = [found or 0 for found in ratings]
+    return ratings
+
+
+def score(path: str, args: argparse.Namespace) -> tuple[dict, list[Part]]:
+    rows, digest = [], None
+    if args.answers:
+        rows, template = stats.read_answers(args.answers), files.read_rows(args.template)
+        match(rows, template)
+        for row in rows:
+            row["answer"] = row["answer"].replace("Assistant:", "").strip()
+        prompt, digest = read_prompt(args.prompt)
+        asked = Endpoint(args.url, args.model, args.tries, args.timeout, args.parallel)
+        reviews = judge(rows, template, prompt, path, asked)
+    else:
+        reviews = files.read_rows(path)
+    ratings = read_ratings(reviews, path)
+    part = mmhal_part([found or 0 for found in ratings])
     models = sorted({str(review.get("request_model") or review.get("model")) for review in reviews})
-    protocol, part = f"MMHal-Bench, judge {', '.join(models)}", mmhal_part(scores)
-    result = stats.header(SCORER, protocol, [args.answers] if rows else [], rows, N)
+    protocol = f"MMHal-Bench, judge {', '.join(models)}"
+    result = stats.header(SCORER, protocol, [args.answers] if rows else [], rows, N if rows else None)
     if not rows:
-        result |= {"n": N, "n_empty": None, "generation": None, "warnings": []}
+        result |= {"n": N, "n_expected": N, "n_empty": None, "generation": None}
+    if not all(model.startswith(PUBLISHED_JUDGE) for model in models):
+        stats.not_comparable(result, f"judge {', '.join(models)}: published scores are {PUBLISHED_JUDGE}'s")
     if digest not in (None, OFFICIAL_PROMPT):
-        result["warnings"].append(f"{args.prompt} is not the official prompt: not comparable with published scores")
+        stats.not_comparable(result, f"{args.prompt} is not the official prompt")
     if None in ratings:
         result["warnings"].append(f"{ratings.count(None)} replies without exactly one rating, counted as 0")
     result |= {
         "judge": {"models": models, "prompt_sha256": digest, "prompt_official": digest and digest == OFFICIAL_PROMPT},
         "reviews": {"path": path, "n_without_rating": ratings.count(None)},
         **stats.summary(part),
-        "per_type": mmhal_scores(scores)["per_type"],
+        "per_type": mmhal_scores([found or 0 for found in ratings])["per_type"],
         "rows": [{"id": i, "rating": found} for i, found in enumerate(ratings)],
     }
     return result, [part]
@@ -137,17 +159,21 @@ def score(path: str, args) -> tuple[dict, list[Part]]:
 
 def main(argv: list[str] | None = None) -> None:
     what = "the judge's replies: written when asking, read when scoring again"
-    parser = stats.parser_of(__doc__, "--reviews", what, "files of reviews")
+    parser = stats.scorer_flags(__doc__, "--reviews", what, "files of reviews")
     parser.add_argument("--answers", help="answers.jsonl, 96 rows in the template's order, or a filled template")
     parser.add_argument("--template", help="response_template.json of MMHal-Bench")
     parser.add_argument("--prompt", help="your copy of the judge's prompt")
     parser.add_argument("--judge", dest="url", help="OpenAI-compatible endpoint, such as http://localhost:8000/v1")
     parser.add_argument("--judge-model", dest="model", help="name of the model there")
-    endpoint.llm_flags(parser)
+    endpoint.add_flags(parser)
     args = parser.parse_args(argv)
     together = [args.answers, args.template, args.prompt]
-    if any(together) and not (all(together) and args.reviews) or args.url and not (args.model and args.answers):
-        parser.error("--answers, --template, --prompt and --reviews go together; --judge needs them and --judge-model")
+    if any(together) and not (all(together) and args.reviews):
+        parser.error("--answers, --template, --prompt and --reviews go together")
+    if args.url and not (args.model and args.answers):
+        parser.error("--judge needs --judge-model, --answers, --template and --prompt")
+    if args.json and args.json == args.reviews:
+        parser.error("--json is the file of --reviews: the result would replace the judge's replies")
     scored = [score(path, args) for path in args.compare or [args.reviews]]
     for result, _ in scored:
         print(" | ".join(f"{name} {value:.2f}" for name, value in result["per_type"].items()))

@@ -19,7 +19,7 @@ from evals import stats
 from evals.stats import Part, ratio
 from external import files
 
-SCORER = "eval_pope.py 1"
+SCORER = "evals.pope 1"
 # Two versions of the questions are in use. The older (random: 2,910 rows; LLaVA-1.5's and Bunny's tables) differs in
 # 44 and 58 rows of popular and adversarial.
 VERSIONS = {
@@ -35,12 +35,13 @@ VERSIONS = {
 def yes_or_no(answer: str) -> str:
     """The official rule: "no" iff No, not or no is a word before the first full stop; everything else is "yes"."""
     words = answer.split(".")[0].replace(",", "").split(" ")
-    return "no" if {"No", "not", "no"} & set(words) else "yes"
+    return "no" if {"No", "not", "no"}.intersection(words) else "yes"
 
 
 def pope_metrics(s: dict) -> dict:
     """Counts -> metrics; numbers or arrays."""
-    precision, recall = ratio(s["tp"], s["tp"] + s["fp"]), ratio(s["tp"], s["tp"] + s["fn"])
+    precision = ratio(s["tp"], s["tp"] + s["fp"])
+    recall = ratio(s["tp"], s["tp"] + s["fn"])
     n = s["tp"] + s["fp"] + s["tn"] + s["fn"]
     return {
         "accuracy": ratio(s["tp"] + s["tn"], n),
@@ -53,22 +54,30 @@ def pope_metrics(s: dict) -> dict:
 
 def pope_counts(said: list[str], truth: list[str]) -> list[dict[str, int]]:
     """One 1 for each pair of "yes" or "no"."""
-    kinds = {"tp": ("yes", "yes"), "fp": ("yes", "no"), "tn": ("no", "no"), "fn": ("no", "yes")}
-    return [{name: int(pair == kind) for name, kind in kinds.items()} for pair in zip(said, truth, strict=True)]
+    counts = []
+    for pair in zip(said, truth, strict=True):
+        counts.append(
+            {
+                "tp": int(pair == ("yes", "yes")),
+                "fp": int(pair == ("yes", "no")),
+                "tn": int(pair == ("no", "no")),
+                "fn": int(pair == ("no", "yes")),
+            }
+        )
+    return counts
 
 
 def match(rows: list[dict], labels: list[dict]) -> list[dict]:
     """The answer to each label, by question_id where all rows have one, else by order."""
-    files = f"{rows[0]['_where']} and {labels[0]['_where']}"
+    both = f"{rows[0]['_where']} and {labels[0]['_where']}"
     if all("question_id" in row for row in rows + labels):
-        answered, wanted = (stats.check_unique([row["question_id"] for row in some], some, "question")
-                            for some in (rows, labels))  # fmt: skip
-        for odd, lack in ((wanted.keys() - answered, "answer"), (answered.keys() - wanted, "label")):
-            if some := sorted(odd, key=str)[:3]:
-                raise SystemExit(f"{files} on: {len(odd)} questions have no {lack}, such as {some}; complete both.")
+        answered = stats.check_unique([row["question_id"] for row in rows], rows, "question")
+        wanted = stats.check_unique([label["question_id"] for label in labels], labels, "question")
+        check_complete(both, wanted.keys() - answered.keys(), "answer")
+        check_complete(both, answered.keys() - wanted.keys(), "label")
         rows = [answered[key] for key in wanted]  # in the order of the labels
     if len(rows) != len(labels):
-        raise SystemExit(f"{files} on: {len(rows)} answers for {len(labels)} labels; answer every question once.")
+        raise SystemExit(f"{both} on: {len(rows)} answers for {len(labels)} labels; answer every question once.")
     for row, label in zip(rows, labels, strict=True):
         asked = row.get("question") or row.get("prompt") or ""
         if label["text"] not in asked or row.get("label", label["label"]) != label["label"]:
@@ -77,6 +86,12 @@ def match(rows: list[dict], labels: list[dict]) -> list[dict]:
                 f"{label['label']}); another order or version of the questions. Use the labels it was made from."
             )
     return rows
+
+
+def check_complete(both: str, odd: set, lack: str) -> None:
+    if odd:
+        some = sorted(odd, key=str)[:3]
+        raise SystemExit(f"{both} on: {len(odd)} questions have no {lack}, such as {some}; complete both.")
 
 
 def score_split(path: str, labels_path: str) -> tuple[dict, list[dict], Part]:
@@ -90,20 +105,27 @@ def score_split(path: str, labels_path: str) -> tuple[dict, list[dict], Part]:
     part = Part(ids, pope_counts(said, [label["label"] for label in labels]), pope_metrics)
     digest = files.sha256(Path(labels_path).read_bytes())
     split = {
-        "labels": str(labels_path), "labels_sha256": digest, "labels_version": VERSIONS.get(digest),
-        "n": len(rows), "counts": stats.sums(part.rows), **stats.summary(part),
+        "labels": str(labels_path),
+        "labels_sha256": digest,
+        "labels_version": VERSIONS.get(digest),
+        "n": len(rows),
+        "counts": stats.sums(part.rows),
+        **stats.summary(part),
         "rows": [{"id": key, "said": word} for key, word in zip(ids, said, strict=True)],
-    }  # fmt: skip
+    }
     return split, rows, part
 
 
 def score(paths: list[str], labels: list[str]) -> tuple[dict, list[Part]]:
-    scored = [score_split(path, label) for path, label in zip(paths, labels, strict=True)]
-    splits = {Path(label).stem: split for label, (split, _, _) in zip(labels, scored, strict=True)}
+    splits, every_row, parts = {}, [], []
+    for path, label in zip(paths, labels, strict=True):
+        split, rows, part = score_split(path, label)
+        splits[Path(label).stem] = split
+        every_row += rows
+        parts.append(part)
     if len(splits) < len(labels):
         raise SystemExit(f"--labels names a split twice: {', '.join(labels)}.")
-    every_row, parts = [row for _, rows, _ in scored for row in rows], [part for *_, part in scored]
-    protocol = "POPE" + (f", mean over {len(parts)} splits" if len(parts) > 1 else f", {next(iter(splits))}")
+    protocol = f"POPE, mean over {len(parts)} splits" if len(parts) > 1 else f"POPE, {Path(labels[0]).stem}"
     result = stats.header(SCORER, protocol, paths, every_row, sum(len(part.ids) for part in parts))
     # each split is drawn on its own: its questions are another sample
     samples = [stats.bootstrap(part, stats.SEED + i) for i, part in enumerate(parts)]
@@ -114,19 +136,19 @@ def score(paths: list[str], labels: list[str]) -> tuple[dict, list[Part]]:
         intervals[name] = stats.interval(np.mean([s[name] for s in samples], axis=0))
     versions = {(split["labels_version"] or "unknown").split()[0] for split in splits.values()}
     if len(versions) > 1 or "unknown" in versions:
-        result["warnings"].append(f"label files: {', '.join(sorted(versions))} (not one official version)")
+        stats.not_comparable(result, f"label files: {', '.join(sorted(versions))} (not one official version)")
     return result | {"metrics": metrics, "intervals": intervals, "splits": splits}, parts
 
 
 def main(argv: list[str] | None = None) -> None:
     what = "one answer file per split"
-    parser = stats.parser_of(__doc__, "--answers", what, "files of one split", nargs="+")
+    parser = stats.scorer_flags(__doc__, "--answers", what, "files of one split", nargs="+")
     parser.add_argument("--labels", nargs="+", required=True, help="the official question files, in the same order")
     args = parser.parse_args(argv)
     if len(args.labels) != len(args.answers or [0]):
         parser.error("--labels needs one file per file of --answers, or one with --compare")
-    files = [[path] for path in args.compare] if args.compare else [args.answers]
-    scored = [score(paths, args.labels) for paths in files]
+    compared = [[path] for path in args.compare] if args.compare else [args.answers]
+    scored = [score(paths, args.labels) for paths in compared]
     for result, _ in scored:
         for name, split in result["splits"].items():
             print(f"{name} | " + " | ".join(f"{key} {stats.show(x)}" for key, x in split["metrics"].items()))

@@ -1,6 +1,6 @@
-"""What the benchmark scorers share: answer files, bootstrap intervals, the form of a result, asking a language model.
+"""What all scorers share: answer files in, a value and its interval, results out.
 
-Not from a paper. Deviations: none. Run: imported by eval_chair.py, eval_pope.py, eval_amber.py and eval_mmhal.py.
+Used by eval_chair.py and by amber, pope and mmhal in this room. Not from a paper, so nothing to deviate from.
 
 Nothing here may shrink a denominator in silence: a row that cannot be read or matched ends the run with the file, the
 row and what to do. A scorer hands over numbers per row (`Part`), so that a value, its interval and the paired
@@ -14,16 +14,20 @@ from typing import NamedTuple
 
 import numpy as np
 
-from external.files import read_json, read_rows, sha256, write_json
+from external import files
 
 SEED, RESAMPLES = 0, 1000  # of every bootstrap
+CUT_SHARE = 0.5  # from this share of answers that were cut off on, a result says so
 # ours; POPE, Object HalBench and LLaVA; AMBER; COCO caption files; a filled MMHal template. The first in a row counts.
 ANSWER_KEYS = ("answer", "text", "response", "caption", "model_answer")
 
 
+# ---- answers -------------------------------------------------------------------------------------------------------
+
+
 def read_answers(path: str | Path) -> list[dict]:
     """Rows of an answer file, ours or an official layout, with the text under `answer`. Empty answers stay in."""
-    rows = read_rows(path)
+    rows = files.read_rows(path)
     for row in rows:
         key = next((key for key in ANSWER_KEYS if key in row), "")
         if not isinstance(row.get(key), str):
@@ -31,11 +35,6 @@ def read_answers(path: str | Path) -> list[dict]:
             raise SystemExit(f"{row['_where']}: {found}; a row needs a text in one of {', '.join(ANSWER_KEYS)}.")
         row["answer"] = row[key]
     return rows
-
-
-def word_forms(table: str) -> dict[str, str]:
-    """Word -> singular or lemma, a table of assets/."""
-    return read_json(Path(__file__).parent.parent / "assets" / table)["forms"]
 
 
 def check_unique(ids: list, rows: list[dict], name: str) -> dict:
@@ -47,6 +46,14 @@ def check_unique(ids: list, rows: list[dict], name: str) -> dict:
             raise SystemExit(f"{row['_where']}: {name} {key} was answered at {first} already; keep one of them.")
         found[key] = row
     return found
+
+
+def word_forms(table: str) -> dict[str, str]:
+    """Word -> singular or lemma, a table of assets/."""
+    return files.read_json(Path(__file__).parent.parent / "assets" / table)["forms"]
+
+
+# ---- values and intervals ------------------------------------------------------------------------------------------
 
 
 class Part(NamedTuple):
@@ -74,10 +81,15 @@ def values(part: Part) -> dict[str, float | None]:
 
 def bootstrap(part: Part, seed: int = SEED) -> dict[str, np.ndarray]:
     """Metrics of RESAMPLES draws of n rows with replacement. Equal n and seed draw equal rows: that is the pairing."""
-    table = np.array([list(row.values()) for row in part.rows], dtype=np.float64).T  # (n, sums) -> (sums, n)
-    generator, n = np.random.default_rng(seed), table.shape[1]
-    draws = [table @ np.bincount(generator.integers(n, size=n), minlength=n) for _ in range(RESAMPLES)]
-    return part.metrics(dict(zip(part.rows[0], np.array(draws).T, strict=True)))
+    table = np.array([list(row.values()) for row in part.rows], dtype=np.float64)  # (n, sums)
+    n = len(table)
+    generator = np.random.default_rng(seed)
+    draws = []
+    for _ in range(RESAMPLES):
+        times = np.bincount(generator.integers(n, size=n), minlength=n)  # (n,) how often each row was drawn
+        draws.append(times @ table)  # (sums,)
+    resampled = dict(zip(part.rows[0], np.array(draws).T, strict=True))  # name -> (RESAMPLES,)
+    return part.metrics(resampled)
 
 
 def interval(samples: np.ndarray) -> list[float] | None:
@@ -87,7 +99,8 @@ def interval(samples: np.ndarray) -> list[float] | None:
 
 
 def summary(part: Part) -> dict:
-    return {"metrics": values(part), "intervals": {name: interval(x) for name, x in bootstrap(part).items()}}
+    intervals = {name: interval(samples) for name, samples in bootstrap(part).items()}
+    return {"metrics": values(part), "intervals": intervals}
 
 
 def compare(a: Part, b: Part) -> dict:
@@ -97,65 +110,114 @@ def compare(a: Part, b: Part) -> dict:
         raise SystemExit(f"--compare needs the same questions in A and B; {len(odd)} are in one only: {odd[:3]}.")
     row_of = dict(zip(b.ids, b.rows, strict=True))
     b = b._replace(rows=[row_of[key] for key in a.ids])
-    va, vb, sa, sb, result = values(a), values(b), bootstrap(a), bootstrap(b), {}
-    for name in va:
-        difference = None if None in (va[name], vb[name]) else vb[name] - va[name]
-        ends = interval(sb[name] - sa[name])
-        result[name] = {"a": va[name], "b": vb[name], "difference": difference, "interval": ends}
+    value_a, value_b = values(a), values(b)
+    samples_a, samples_b = bootstrap(a), bootstrap(b)
+    result = {}
+    for name in value_a:
+        both = None not in (value_a[name], value_b[name])
+        result[name] = {
+            "a": value_a[name],
+            "b": value_b[name],
+            "difference": value_b[name] - value_a[name] if both else None,
+            "interval": interval(samples_b[name] - samples_a[name]),
+        }
     return result
 
 
+# ---- results -------------------------------------------------------------------------------------------------------
+
+
 def header(scorer: str, protocol: str, paths: list[str], rows: list[dict], n_expected: int | None = None) -> dict:
-    """What all results share, None where the files do not say; `generation` is what generate.py wrote beside them."""
-    n, tokens, ends = len(rows), [r.get("n_tokens") for r in rows], [r.get("finish") for r in rows]
+    """What all results share, None where the files do not say.
+
+    `generation` is what evals.answers wrote beside the answers; `not_comparable` are the warnings because of which the
+    numbers must not be put beside published ones.
+    """
+    n = len(rows)
+    tokens = [row.get("n_tokens") for row in rows]
+    ends = [row.get("finish") for row in rows]
     beside = [Path(path).with_suffix(".settings.json") for path in paths]
-    settings = [read_json(path) if path.is_file() else None for path in beside]
-    empty = sum(not r["answer"].strip() for r in rows)
-    warnings = [f"{empty} empty answers, counted like any other"] if empty else []
-    if n_expected not in (None, n):
-        warnings.append(f"{n} rows, the official set has {n_expected}: not comparable with published numbers")
-    return {
-        "scorer": scorer, "protocol": protocol,
-        "answers": [{"path": str(path), "sha256": sha256(Path(path).read_bytes())} for path in paths],
-        "n": n, "n_expected": n_expected, "n_empty": empty,
-        "mean_words": sum(len(r["answer"].split()) for r in rows) / n if n else None,
+    settings = [files.read_json(path) if path.is_file() else None for path in beside]
+    result = {
+        "scorer": scorer,
+        "protocol": protocol,
+        "answers": [{"path": str(path), "sha256": files.sha256(Path(path).read_bytes())} for path in paths],
+        "n": n,
+        "n_expected": n_expected,
+        "n_empty": sum(not row["answer"].strip() for row in rows),
+        "mean_words": sum(len(row["answer"].split()) for row in rows) / n if n else None,
         "mean_tokens": None if None in tokens or not n else sum(tokens) / n,
         "share_at_token_limit": None if None in ends or not n else ends.count("length") / n,
         "generation": settings[0] if len(settings) == 1 else settings,
-        "bootstrap": {"seed": SEED, "resamples": RESAMPLES, "level": 0.95, "unit": "rows"}, "warnings": warnings,
-    }  # fmt: skip
+        "bootstrap": {"seed": SEED, "resamples": RESAMPLES, "level": 0.95, "unit": "rows"},
+        "warnings": [],
+        "not_comparable": [],
+    }
+    if result["n_empty"]:
+        result["warnings"].append(f"{result['n_empty']} empty answers, counted like any other")
+    if (result["share_at_token_limit"] or 0) >= CUT_SHARE:
+        cut = f"{100 * result['share_at_token_limit']:.0f} % of the answers were cut off by --max-new-tokens"
+        not_comparable(result, f"{cut}: the model does not end them, or the limit is too low")
+    if n_expected not in (None, n):
+        not_comparable(result, f"{n} rows, the official set has {n_expected}: not comparable with published numbers")
+    return result
+
+
+def not_comparable(result: dict, reason: str) -> None:
+    """A warning that also marks the result's cells in a table."""
+    result["warnings"].append(reason)
+    result["not_comparable"].append(reason)
 
 
 def show(value) -> str:
-    return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def show_interval(ends: list[float] | None) -> str:
+    return f"[{', '.join(show(end) for end in ends or [])}]"
+
+
+def print_result(result: dict) -> None:
+    paths = [file["path"] for file in result["answers"]]
+    print(f"{result['scorer']} | {result['protocol']} | {paths}")
+    names = ("n", "n_expected", "n_empty", "mean_words", "mean_tokens", "share_at_token_limit")
+    print(" | ".join(f"{name} {show(result[name])}" for name in names))
+    for name, value in result["metrics"].items():
+        print(f"{name:32s} {show(value):>10s}   {show_interval(result['intervals'].get(name))}")
+    for warning in result["warnings"]:
+        print(f"warning: {warning}")
+
+
+def compare_parts(parts_a: list[Part], parts_b: list[Part]) -> dict:
+    """name -> comparison, over all parts of two results."""
+    if len(parts_a) != len(parts_b):
+        raise SystemExit("--compare needs the same kinds of questions in A and B.")
+    compared = {}
+    for a, b in zip(parts_a, parts_b, strict=True):
+        compared |= compare(a, b)
+    return compared
 
 
 def report(scored: list[tuple[dict, list[Part]]], json_path: str | None) -> None:
     """The table for the terminal and the JSON file, of one result or of the comparison of two."""
     for result, _ in scored:
-        print(f"{result['scorer']} | {result['protocol']} | {[file['path'] for file in result['answers']]}")
-        names = ("n", "n_expected", "n_empty", "mean_words", "mean_tokens", "share_at_token_limit")
-        print(" | ".join(f"{name} {show(result[name])}" for name in names))
-        for name, value in result["metrics"].items():
-            print(f"{name:32s} {show(value):>10s}   [{', '.join(map(show, result['intervals'].get(name) or []))}]")
-        print("".join(f"warning: {warning}\n" for warning in result["warnings"]), end="")
-    result = scored[0][0]
+        print_result(result)
+    written = scored[0][0]
     if len(scored) == 2:
         (a, parts_a), (b, parts_b) = scored
-        if len(parts_a) != len(parts_b):
-            raise SystemExit("--compare needs the same kinds of questions in A and B.")
-        rows = [compare(*pair) for pair in zip(parts_a, parts_b, strict=True)]
-        result = {"a": a, "b": b, "compare": {name: row for part in rows for name, row in part.items()}}
-        for name, row in result["compare"].items():
-            ends = ", ".join(map(show, row["interval"] or []))
-            print(f"{name:32s} A {show(row['a'])}  B {show(row['b'])}  B - A {show(row['difference'])}   [{ends}]")
+        written = {"a": a, "b": b, "compare": compare_parts(parts_a, parts_b)}
+        for name, row in written["compare"].items():
+            both = f"A {show(row['a'])}  B {show(row['b'])}  B - A {show(row['difference'])}"
+            print(f"{name:32s} {both}   {show_interval(row['interval'])}")
     print(f"[ ]: 95 % bootstrap interval over rows, seed {SEED}, {RESAMPLES} resamples")
     if json_path:
-        write_json(json_path, result)
+        files.write_json(json_path, written)
 
 
-def parser_of(doc: str, source: str, what: str, compared: str, **more) -> argparse.ArgumentParser:
-    """A scorer's flags: its source of answers or --compare of two, and --json."""
+def scorer_flags(doc: str, source: str, what: str, compared: str, **more) -> argparse.ArgumentParser:
+    """A parser with what every scorer takes: its source of answers or --compare of two, and --json."""
     parser = argparse.ArgumentParser(description=doc.split("\n")[0])
     either = parser.add_mutually_exclusive_group(required=True)
     either.add_argument(source, help=what, **more)

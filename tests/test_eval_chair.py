@@ -231,7 +231,7 @@ def test_extractor_over_http_and_offline(tmp_path, coco, synonyms):
     ]
     path, out = write(tmp_path / "a.jsonl", rows), tmp_path / "r.json"
     common = ["--answers", path, "--protocol", "objhal"]
-    llm = ["--extractor-model", "m", "--backoff", "0", "--rate", "1000"]
+    llm = ["--extractor-model", "m"]
     with serve(["garbage"], lambda body: 'Sure:\n["man", "large dog", "man", "bear"]') as server:
         result = run(coco, synonyms, out, *common, *llm, "--extractor", server.url)
         assert len(server.seen) == 2

@@ -40,7 +40,7 @@ def run(folder, rows: list[dict], *more: str) -> dict:
     (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     argv = ["--answers", str(folder / "a.jsonl"), "--template", str(folder / "template.json")]
     argv += ["--prompt", str(folder / "prompt.txt"), "--reviews", str(folder / "reviews.json")]
-    mmhal.main([*argv, "--rate", "10000", "--backoff", "0", "--json", str(folder / "r.json"), *more])
+    mmhal.main([*argv, "--parallel", "1", "--json", str(folder / "r.json"), *more])
     return json.loads((folder / "r.json").read_text())
 
 

@@ -1,18 +1,9 @@
-"""Answer files, intervals and the language-model client of eval_common.py, the client over real HTTP."""
-
-import json
+"""Answer files, intervals, and the form of a result."""
 
 import pytest
-from llm_server import flags, serve
 
 from evals import stats
 from evals.stats import Part, ratio
-from external import endpoint
-from external.endpoint import ask_all
-
-
-def requests(*keys: str) -> dict[str, dict]:
-    return {key: {"model": "m", "messages": [{"role": "user", "content": f"question {key}"}]} for key in keys}
 
 
 def mean_part(ids: list, numbers: list[float]) -> Part:
@@ -111,87 +102,3 @@ def test_compare_is_paired_and_matches_rows_by_id():
 def test_compare_refuses_different_questions():
     with pytest.raises(SystemExit, match=r"2 are in one only: \[2, 3\]"):
         stats.compare(mean_part([1, 2], [0, 0]), mean_part([1, 3], [0, 0]))
-
-
-def test_every_failure_is_tried_again(tmp_path):
-    script = ["timeout", (429, {}), (503, {}), "garbage", "half", "no choices", "null", "ok"]
-    with serve(script) as server:
-        replies = ask_all(requests("1"), tmp_path / "r.json", str, flags(server.url, timeout=0.2))
-        assert len(server.seen) == 8
-    assert endpoint.reply_text(replies[0]) == "fine"
-    assert replies[0]["model"] == "served" and replies[0]["request_model"] == "m" and replies[0]["key"] == "1"
-
-
-def test_a_reply_that_the_caller_cannot_read_is_asked_for_again(tmp_path):
-    answers = iter(["no list", "[]"])
-    with serve(answer=lambda body: next(answers)) as server:
-        (reply,) = ask_all(requests("1"), tmp_path / "r.json", json.loads, flags(server.url))
-    assert endpoint.reply_text(reply) == "[]"
-
-
-def test_a_failing_item_ends_the_run_and_a_second_run_asks_only_for_the_rest(tmp_path):
-    path = tmp_path / "deep" / "r.json"
-    with serve(["ok", (500, {}), (500, {})]) as server:
-        with pytest.raises(SystemExit, match="no usable reply for 2 after 2 tries, last HTTP 500"):
-            ask_all(requests("1", "2", "3"), path, str, flags(server.url, tries=2))
-        assert [reply["key"] for reply in json.loads(path.read_text())] == ["1"]
-        with pytest.raises(SystemExit, match="2 of 3 replies are missing"):  # scoring alone asks for nothing
-            ask_all(requests("1", "2", "3"), path, str, flags(None, model=None))
-        ask_all(requests("1", "2", "3"), path, str, flags(server.url))
-        assert [r.body["messages"][0]["content"][-1] for r in server.seen] == ["1", "2", "2", "2", "3"]
-    assert [reply["key"] for reply in json.loads(path.read_text())] == ["1", "2", "3"]
-    assert len(ask_all(requests("1", "2", "3"), path, str, flags(None, model=None))) == 3
-
-
-def test_saved_replies_to_another_request_or_model_are_refused(tmp_path):
-    with serve() as server:
-        ask_all(requests("1"), tmp_path / "r.json", str, flags(server.url))
-    changed = {"1": {"model": "m", "messages": [{"role": "user", "content": "another answer"}]}}
-    for bodies, model in ((changed, "m"), (requests("2"), "m"), (requests("1"), "other")):
-        with pytest.raises(SystemExit, match="reply 1 is for other answers, prompt or model"):
-            ask_all(bodies, tmp_path / "r.json", str, flags("http://127.0.0.1:9/v1", model=model))
-
-
-def test_backoff_doubles_and_retry_after_is_obeyed(tmp_path):
-    with serve([(500, {}), (500, {}), (429, {"Retry-After": "0.3"})]) as server:
-        ask_all(requests("1"), tmp_path / "r.json", str, flags(server.url, backoff=0.04))
-        t = [r.time for r in server.seen]
-    gaps = [b - a for a, b in zip(t, t[1:], strict=False)]
-    assert gaps[0] >= 0.04 and gaps[1] >= 0.08 and gaps[2] >= 0.3  # the third would be 0.16 by backoff alone
-
-
-def test_rate_limit(tmp_path):
-    with serve() as server:
-        ask_all(requests("1", "2", "3"), tmp_path / "r.json", str, flags(server.url, rate=10))
-        t = [r.time for r in server.seen]
-    assert t[2] - t[0] >= 0.19  # two intervals of 1/10 s, less a little for the way of the request
-
-
-def test_the_key_is_sent_and_never_kept(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret\n")
-    with serve(["echo", (401, {})]) as server:
-        with pytest.raises(SystemExit) as error:
-            ask_all(requests("1", "2"), tmp_path / "r.json", str, flags(server.url))
-        assert server.seen[0].authorization == "Bearer sk-very-secret"
-    assert len(server.seen) == 2 and "HTTP 401" in str(error.value) and "your key is Bearer [key]" in str(error.value)
-    printed = "".join(capsys.readouterr())
-    assert "very-secret" not in str(error.value) + printed + (tmp_path / "r.json").read_text()
-
-
-def test_a_redirect_is_not_followed_with_the_key(tmp_path):
-    with serve([(302, {"Location": "/elsewhere"})]) as server:
-        with pytest.raises(SystemExit, match="HTTP 302"):
-            ask_all(requests("1"), tmp_path / "r.json", str, flags(server.url))
-        assert [r.path for r in server.seen] == ["/v1/chat/completions"]
-
-
-@pytest.mark.parametrize("tail", ["", "/", "/chat/completions"])
-def test_the_url_may_have_the_tail_or_not(tmp_path, tail):
-    with serve() as server:
-        ask_all(requests("1"), tmp_path / "r.json", str, flags(server.url + tail))
-        assert [r.path for r in server.seen] == ["/v1/chat/completions"]
-
-
-def test_an_url_without_a_scheme_is_refused_at_once(tmp_path):
-    with pytest.raises(SystemExit, match="must start with http"):
-        ask_all(requests("1"), tmp_path / "r.json", str, flags("localhost:8000/v1"))
