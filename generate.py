@@ -25,9 +25,12 @@ from torch import Tensor
 import pictures
 from bases import checkpoint, tokenizer
 from bases.adapter import load_adapter
-from data import Processor, bare_question
+from data import BadRow, Processor, bare_question
+from external.flags import number, whole
 from lora import merge_lora
 from model import LLaVA, causal
+
+MOST_NEW_TOKENS = 32768  # eight times what the bases were taught to read; a cache for more is a slip of the finger
 
 # ---- plain ---------------------------------------------------------------------------------------------------------
 
@@ -293,11 +296,12 @@ def add_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--adapter", type=Path, help="run folder, or any PEFT LoRA folder")
     p.add_argument("--image-mode", choices=("pad", "crop"), default="pad", help="crop is what the hub's processor does")
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default bfloat16 on CUDA, else float32")
-    p.add_argument("--beams", type=int, default=1, help="3 for Object HalBench as published (default 1)")
-    p.add_argument("--temperature", type=float, default=0.0, help="default 0: greedy")
-    p.add_argument("--top-p", type=float, default=1.0, help="sample from the fewest tokens that hold this probability")
-    p.add_argument("--seed", type=int, default=0, help="of sampling")
-    p.add_argument("--max-new-tokens", type=int, default=1024, help="default 1024")
+    probability = number(0, 1, above=True)
+    p.add_argument("--beams", type=whole(1, 64), default=1, help="3 for Object HalBench as published (default 1)")
+    p.add_argument("--temperature", type=number(0), default=0.0, help="default 0: greedy")
+    p.add_argument("--top-p", type=probability, default=1.0, help="sample from the fewest tokens that hold so much")
+    p.add_argument("--seed", type=whole(0), default=0, help="of sampling")
+    p.add_argument("--max-new-tokens", type=whole(1, MOST_NEW_TOKENS), default=1024, help="default 1024")
 
 
 def parse_flags(p: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
@@ -305,12 +309,10 @@ def parse_flags(p: argparse.ArgumentParser, argv: list[str] | None) -> argparse.
     args = p.parse_args(argv)
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
-    if args.temperature < 0 or not 0 < args.top_p <= 1 or (args.top_p < 1 and not args.temperature):
-        p.error("--temperature must not be negative; --top-p is a probability and needs --temperature")
+    if args.top_p < 1 and not args.temperature:
+        p.error("--top-p needs --temperature")
     if args.beams > 1 and args.temperature:
         p.error("--beams does not sample: leave --temperature out")
-    if min(args.beams, args.max_new_tokens) < 1:
-        p.error("--beams and --max-new-tokens must be at least 1")
     return args
 
 
@@ -337,6 +339,10 @@ def answer_one(args: argparse.Namespace) -> None:
     """Prints the answer to one question as it is written; with beams, when it is chosen."""
     if problem := pictures.picture_problem(args.image):
         raise SystemExit(problem)
+    try:
+        question = bare_question(args.prompt)
+    except BadRow as error:
+        raise SystemExit(f"--prompt: {': '.join(error.args)}") from None
     processor = load_processor(args)
     model = load_model(args)
     shown = ""
@@ -348,7 +354,7 @@ def answer_one(args: argparse.Namespace) -> None:
             print(text[len(shown) :], end="", flush=True)
             shown = text
 
-    prompt = torch.tensor(processor.prompt_ids(bare_question(args.prompt)))  # (T,)
+    prompt = torch.tensor(processor.prompt_ids(question))  # (T,)
     picture = processor.prepare(pictures.open_image(args.image))[None]  # (1, 3, S, S)
     own = own_generator(args.seed, "")
     [ids] = generate(

@@ -14,23 +14,38 @@ import time
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import generate
 from bases import checkpoint
+from external.progress import progress
+
+IMAGE, PAD = 32000, 32001  # ids
 
 
 def models(device: str, dtype: torch.dtype):
     """One set of random weights in transformers' module and in ours."""
     torch.manual_seed(0)
-    vision = CLIPVisionConfig(hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4,
-                              image_size=336, patch_size=14)  # fmt: skip
-    text = LlamaConfig(vocab_size=32064, hidden_size=512, intermediate_size=1376, num_hidden_layers=8,
-                       num_attention_heads=8, num_key_value_heads=8, rms_norm_eps=1e-5)  # fmt: skip
-    theirs = LlavaForConditionalGeneration(LlavaConfig(
-        vision_config=vision, text_config=text, image_token_id=32000)).eval()  # fmt: skip
-    theirs.generation_config.pad_token_id = 32001
+    vision = CLIPVisionConfig(
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=336,
+        patch_size=14,
+    )
+    text = LlamaConfig(
+        vocab_size=32064,
+        hidden_size=512,
+        intermediate_size=1376,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        rms_norm_eps=1e-5,
+    )
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=IMAGE)
+    theirs = LlavaForConditionalGeneration(config).eval()
+    theirs.generation_config.pad_token_id = PAD
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
         ours = checkpoint.load_model(Path(folder), None, dtype, device)
@@ -44,7 +59,7 @@ def questions(n: int):
     prompts = []
     for i in range(n):
         words = torch.randint(3, 32000, (30 + i % 31,), generator=generator)
-        prompts.append(torch.cat([torch.tensor([1]), torch.full((576,), 32000), words]))
+        prompts.append(torch.cat([torch.tensor([1]), torch.full((576,), IMAGE), words]))
     prompts.sort(key=len, reverse=True)
     return prompts, torch.randn(n, 3, 336, 336, generator=generator)
 
@@ -61,11 +76,16 @@ def run_theirs(model, prompts, images, batch: int, new: int) -> list[list[int]]:
     out = []
     for i in range(0, len(prompts), batch):
         rows = prompts[i : i + batch]
-        ids = torch.nn.utils.rnn.pad_sequence(rows, True, 32001, padding_side="left").to(model.device)  # (B, T)
+        ids = torch.nn.utils.rnn.pad_sequence(rows, True, PAD, padding_side="left").to(model.device)  # (B, T)
         found = model.generate(
-            input_ids=ids, attention_mask=(ids != 32001).long(), max_new_tokens=new, do_sample=False,
-            pixel_values=images[i : i + batch].to(model.device, model.dtype), eos_token_id=None,
-            suppress_tokens=list(range(32000, 32064)))  # fmt: skip
+            input_ids=ids,
+            attention_mask=(ids != PAD).long(),
+            pixel_values=images[i : i + batch].to(model.device, model.dtype),
+            max_new_tokens=new,
+            do_sample=False,
+            eos_token_id=None,
+            suppress_tokens=list(range(IMAGE, 32064)),
+        )
         out += found[:, ids.shape[1] :].tolist()
     return out
 
@@ -86,21 +106,27 @@ def main(argv=None) -> None:
         "transformers, same batch": lambda: run_theirs(theirs, prompts, images, args.batch, args.tokens),
         "transformers, one at a time": lambda: run_theirs(theirs, prompts, images, 1, args.tokens),
     }
-    seconds, answers = {name: [] for name in sides}, {}
-    for _ in tqdm(range(args.rounds), "rounds", disable=None):
+    wall = {name: [] for name in sides}  # seconds of each round
+    cpu = {name: [] for name in sides}
+    answers = {}
+    for _ in progress(range(args.rounds), "rounds"):
         for name, side in sides.items():
-            start, cpu = time.perf_counter(), time.process_time()
+            wall_start, cpu_start = time.perf_counter(), time.process_time()
             answers[name] = side()
-            seconds[name].append((time.perf_counter() - start, time.process_time() - cpu))
-            print(f"{name}: {seconds[name][-1][0]:.1f} s, CPU {seconds[name][-1][1]:.1f} s", flush=True)
-    print(f"{args.captions} captions of {args.tokens} tokens, batch {args.batch}, {args.device} {args.dtype}, "
-          f"{torch.get_num_threads()} threads")  # fmt: skip
-    wall, cpu = ({name: [run[i] for run in runs] for name, runs in seconds.items()} for i in (0, 1))
+            wall[name].append(time.perf_counter() - wall_start)
+            cpu[name].append(time.process_time() - cpu_start)
+            print(f"{name}: {wall[name][-1]:.1f} s, CPU {cpu[name][-1]:.1f} s", flush=True)
+    print(
+        f"{args.captions} captions of {args.tokens} tokens, batch {args.batch}, {args.device} {args.dtype}, "
+        f"{torch.get_num_threads()} threads"
+    )
     for name, runs in wall.items():
         same = sum(a == b for a, b in zip(answers["ours"], answers[name], strict=True))
         times = statistics.median(runs) / statistics.median(wall["ours"])
-        print(f"{name:28s} {statistics.median(runs):7.1f} s ({min(runs):.1f}-{max(runs):.1f})  {times:5.2f} x ours  "
-              f"CPU {statistics.median(cpu[name]):6.1f} s  {same}/{args.captions} answers equal")  # fmt: skip
+        print(
+            f"{name:28s} {statistics.median(runs):7.1f} s ({min(runs):.1f}-{max(runs):.1f})  {times:5.2f} x ours  "
+            f"CPU {statistics.median(cpu[name]):6.1f} s  {same}/{args.captions} answers equal"
+        )
 
 
 if __name__ == "__main__":

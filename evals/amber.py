@@ -300,7 +300,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--yes-no", default="exact", choices=["exact", "first-word"], help="how Yes and No are read")
     parser.add_argument("--partial", action="store_true", help="score fewer ids than the kind has")
     args = parser.parse_args(argv)
-    nouns_of = load_tagger(args.tagger) if args.tagger else every_word if args.no_tagger else None
+    stats.refuse_overwriting(parser, args.json, [*(args.compare or args.answers), args.similarity])
+    nouns_of = every_word if args.no_tagger else None
+    if args.tagger:
+        nouns_of = load_tagger(args.tagger)
     data, similar = load_data(args.data), load_similarity(args.similarity)
     compared = [[path] for path in args.compare] if args.compare else [args.answers]
     scored = [score(paths, data, nouns_of, similar, args) for paths in compared]

@@ -172,8 +172,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--answers, --template, --prompt and --reviews go together")
     if args.url and not (args.model and args.answers):
         parser.error("--judge needs --judge-model, --answers, --template and --prompt")
-    if args.json and args.json == args.reviews:
-        parser.error("--json is the file of --reviews: the result would replace the judge's replies")
+    stats.refuse_overwriting(parser, args.json, [args.reviews, *together, *(args.compare or [])])
     scored = [score(path, args) for path in args.compare or [args.reviews]]
     for result, _ in scored:
         print(" | ".join(f"{name} {value:.2f}" for name, value in result["per_type"].items()))

@@ -1,11 +1,11 @@
-"""questions.jsonl from the benchmarks' own files, and the reading of questions and of answers that were begun.
+"""questions.jsonl from the benchmarks' own files, and the reading of questions.
 
     python -m evals.questions pope coco_pope_random.json --out pope/random.jsonl
     python -m evals.questions folder pictures --prompt "Describe this image." --out q.jsonl
 
 A row is {id, image, prompt, source} and what the benchmark's scorer wants; `image` is a path inside the questions'
-folder or generate.py's --image-root. Nothing is fetched: OFFICIAL says where the files are. One that is not a published
-version is used with a warning that also stands in every row's `source`, or refused with --strict.
+folder or the --image-root of evals.answers. Nothing is fetched: OFFICIAL says where the files are. One that is not a
+published version is used with a warning that also stands in every row's `source`, or refused with --strict.
 
 Deviations from the benchmarks
 1. AMBER's yes-or-no questions say nothing of the form of the answer, but the scorer takes only Yes and No: AMBER_SUFFIX
@@ -18,21 +18,34 @@ import base64
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-
-from tqdm import tqdm
+from typing import NamedTuple
 
 import pictures
 from data import BadRow, bare_question
-from evals import pope
+from evals.pope import VERSIONS as POPE_VERSIONS
 from external import files
+from external.progress import progress
 
 POPE_SUFFIX = "\nAnswer the question using a single word or phrase."
 AMBER_SUFFIX = "\nAnswer with one word, Yes or No."
+AMBER_DESCRIPTIONS = 1004  # AMBER's ids up to here ask for a description, those above for Yes or No
 ADDED = ("answer", "n_tokens", "finish")  # what an answers row has more than its question
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"}
 
 
-# ---- reading: questions, and answers that were begun ---------------------------------------------------------------
+# ---- reading -------------------------------------------------------------------------------------------------------
+
+
+class Questions(NamedTuple):
+    rows: dict[str, dict]  # id -> question row, in the order of the file
+    paths: dict[str, Path]  # id -> picture
+
+    def pictures_sha256(self) -> str:
+        """One hash over the pictures, each under the name that the questions call it by."""
+        total = hashlib.sha256()
+        for image, path in sorted({(row["image"], self.paths[key]) for key, row in self.rows.items()}):
+            total.update(f"{image} {files.sha256(path.read_bytes())}\n".encode())
+        return total.hexdigest()
 
 
 def check_question(row: dict, root: Path) -> Path:
@@ -46,92 +59,143 @@ def check_question(row: dict, root: Path) -> Path:
         raise BadRow("a field has the name of one that is added to answers", ", ".join(taken))
     bare_question(row["prompt"])
     try:
+        str(row).encode()
         return files.inside(root, row["image"])
-    except ValueError as e:
+    except UnicodeEncodeError:
+        raise BadRow("half a surrogate pair, which is no text") from None
+    except (ValueError, OSError, RuntimeError) as e:  # outside, too long, a link that leads back to itself
         raise BadRow("image path leaves the image folder", str(e)) from None
 
 
-def read_questions(file: Path, image_root: Path | None) -> tuple[dict[str, dict], dict[str, Path]]:
-    """id -> question row, id -> picture. SystemExit with file, row and id if any question cannot be asked."""
-    rows, root = files.read_rows(file), Path(image_root or file.parent).resolve()
-    questions, paths, wheres, problems = {}, {}, {}, []
+def read_questions(file: Path, image_root: Path | None) -> Questions:
+    """SystemExit with file, row and id if any question cannot be asked."""
+    root = Path(image_root or file.parent).resolve()
+    rows = files.read_rows(file)
+    questions = Questions({}, {})
+    wheres, problems = {}, []
     for row in rows:
         where, key = row.pop("_where"), str(row.get("id"))
         try:
             path = check_question(row, root)
-            if key in questions:
+            if key in wheres:
                 raise BadRow("this id was there before", wheres[key])
-            questions[key], paths[key], wheres[key] = row, path, where
         except BadRow as e:
             problems.append(f"{where}: id {key}: {': '.join(e.args)}")
-    wanted = sorted(set(paths.values()))
-    with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter lock
-        checked = tqdm(pool.map(pictures.picture_problem, wanted), "pictures", len(wanted), disable=None)
-        broken = dict(zip(wanted, checked, strict=True))
-    problems += [f"{wheres[key]}: id {key}: {broken[path]}" for key, path in paths.items() if broken[path]]
+            continue
+        questions.rows[key], questions.paths[key], wheres[key] = row, path, where
+    broken = broken_pictures(set(questions.paths.values()))
+    for key, path in questions.paths.items():
+        if broken[path]:
+            problems.append(f"{wheres[key]}: id {key}: {broken[path]}")
     if problems:
         shown = "\n".join(problems[:5])
-        raise SystemExit(f"{shown}\n{len(problems)} of {len(rows)} questions cannot be asked; nothing was generated. "
-                         "Mend the file, or give the folder of the pictures with --image-root.")  # fmt: skip
-    return questions, paths
+        raise SystemExit(
+            f"{shown}\n{len(problems)} of {len(rows)} questions cannot be asked; nothing was generated. Fix the file, "
+            "or give the folder of the pictures with --image-root."
+        )
+    return questions
 
 
-# ---- making: one function per benchmark, its file -> rows ----------------------------------------------------------
+def broken_pictures(paths: set[Path]) -> dict[Path, str | None]:
+    """What is wrong with each picture; None: nothing."""
+    wanted = sorted(paths)
+    with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter lock
+        problems = progress(pool.map(pictures.picture_problem, wanted), "pictures", len(wanted))
+        return dict(zip(wanted, problems, strict=True))
 
 
-OFFICIAL = {  # benchmark: {sha256, or git's hash of the blob: version}, where the file is, where the pictures are
-    "objhal": (
-        {"e89c705f3cdebc35b7863878e059c88a97506767b87ad17014d58428ce6547a7": "RLHF-V",
-         "cb8e15a81a1ddf720f306fda0decefb1ed80c31f": "RLHF-V"},
-        "eval/data/obj_halbench_300_with_image.jsonl of github.com/RLHF-V/RLHF-V (300 rows, 63.5 MB)", "beside it"),
-    "amber-generative": (
-        {"b7e4c36596126ee36d2c3922638b7fa98743c26efda78fea2315f4425258d087": "AMBER 534babf6"},
-        "data/query/query_generative.json of github.com/junyangwang0410/AMBER (1,004 rows)", "see its README"),
-    "amber-discriminative": (
-        {"1502887ac020f4bb7ea564af4e37bddcb030d61b78490d00f9da492a2307abb8": "AMBER 534babf6"},
-        "data/query/query_discriminative.json of github.com/junyangwang0410/AMBER (14,216 rows)", "see its README"),
-    "pope": (pope.VERSIONS, "output/coco/coco_pope_{random,popular,adversarial}.json of github.com/RUCAIBox/POPE "
-             "(3,000 rows each; the older ones: its commit e3e3926)", "COCO val2014 (cocodataset.org)"),
-    "mmhal": (
-        {"28ed24e19ffef292597c35f1dad37760b2e0a088b3b40ca3b50f105fc1b951bb": "MMHal-Bench"},
-        "response_template.json of huggingface.co/datasets/Shengcao1006/MMHal-Bench (96 rows)", "its test_data.zip"),
-}  # fmt: skip
+# ---- making: one function per benchmark, its row -> ours -----------------------------------------------------------
 
 
-def objhal(row: dict, number: int) -> dict:
+def objhal_row(row: dict, number: int) -> dict:
     picture = base64.b64decode(row["image"], validate=True)
     pictures.open_image(picture)  # ValueError if it is none
-    name = f"images/COCO_val2014_{int(row['image_id']):012d}.jpg"
-    return {"id": row["image_id"], "image": name, "prompt": row["question"], "image_id": row["image_id"],
-            "_picture": picture}  # fmt: skip
+    return {
+        "id": row["image_id"],
+        "image": f"images/COCO_val2014_{int(row['image_id']):012d}.jpg",
+        "prompt": row["question"],
+        "image_id": row["image_id"],
+        "_picture": picture,
+    }
 
 
-def amber(row: dict, number: int) -> dict:
-    suffix = AMBER_SUFFIX if row["id"] > 1004 else ""  # the ids above are the yes-or-no questions
+def amber_row(row: dict, number: int) -> dict:
+    suffix = AMBER_SUFFIX if row["id"] > AMBER_DESCRIPTIONS else ""
     return {"id": row["id"], "image": row["image"], "prompt": row["query"] + suffix}
 
 
-def pope(row: dict, number: int) -> dict:
-    return {"id": row["question_id"], "image": row["image"], "prompt": row["text"] + POPE_SUFFIX,
-            "question_id": row["question_id"], "label": row["label"]}  # fmt: skip
+def pope_row(row: dict, number: int) -> dict:
+    return {
+        "id": row["question_id"],
+        "image": row["image"],
+        "prompt": row["text"] + POPE_SUFFIX,
+        "question_id": row["question_id"],
+        "label": row["label"],
+    }
 
 
-def mmhal(row: dict, number: int) -> dict:
+def mmhal_row(row: dict, number: int) -> dict:
     name = row["image_src"].rpartition("/")[2]
     return {"id": number, "image": name, "prompt": row["question"], "question_type": row["question_type"]}
 
 
-MAKERS = {"objhal": objhal, "amber-generative": amber, "amber-discriminative": amber, "pope": pope, "mmhal": mmhal}
+MAKERS = {
+    "objhal": objhal_row,
+    "amber-generative": amber_row,
+    "amber-discriminative": amber_row,
+    "pope": pope_row,
+    "mmhal": mmhal_row,
+}
+
+
+class Official(NamedTuple):
+    versions: dict[str, str]  # sha256, or git's hash of the blob -> which published version
+    file: str  # where it is
+    pictures: str  # where the pictures are
+
+
+OFFICIAL = {
+    "objhal": Official(
+        {
+            "e89c705f3cdebc35b7863878e059c88a97506767b87ad17014d58428ce6547a7": "RLHF-V",
+            "cb8e15a81a1ddf720f306fda0decefb1ed80c31f": "RLHF-V",
+        },
+        "eval/data/obj_halbench_300_with_image.jsonl of github.com/RLHF-V/RLHF-V (300 rows, 63.5 MB)",
+        "beside it",
+    ),
+    "amber-generative": Official(
+        {"b7e4c36596126ee36d2c3922638b7fa98743c26efda78fea2315f4425258d087": "AMBER 534babf6"},
+        "data/query/query_generative.json of github.com/junyangwang0410/AMBER (1,004 rows)",
+        "see its README",
+    ),
+    "amber-discriminative": Official(
+        {"1502887ac020f4bb7ea564af4e37bddcb030d61b78490d00f9da492a2307abb8": "AMBER 534babf6"},
+        "data/query/query_discriminative.json of github.com/junyangwang0410/AMBER (14,216 rows)",
+        "see its README",
+    ),
+    "pope": Official(
+        POPE_VERSIONS,
+        "output/coco/coco_pope_{random,popular,adversarial}.json of github.com/RUCAIBox/POPE (3,000 rows each; the "
+        "older ones: its commit e3e3926)",
+        "COCO val2014 (cocodataset.org)",
+    ),
+    "mmhal": Official(
+        {"28ed24e19ffef292597c35f1dad37760b2e0a088b3b40ca3b50f105fc1b951bb": "MMHal-Bench"},
+        "response_template.json of huggingface.co/datasets/Shengcao1006/MMHal-Bench (96 rows)",
+        "its test_data.zip",
+    ),
+}
 
 
 def version(benchmark: str, file: Path, strict: bool) -> str:
     """Which published file this is, by its hash, for the rows' `source`; unknown ones warn, or end the run."""
-    hashes, official, _ = OFFICIAL[benchmark]
+    versions, official, _ = OFFICIAL[benchmark]
     if not file.is_file():
         raise SystemExit(f"{file}: no such file. The official one: {official}")
     data = file.read_bytes()
-    digest, blob = files.sha256(data), hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-    name = hashes.get(digest) or hashes.get(blob)
+    digest = files.sha256(data)
+    blob = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()  # what `git hash-object` says
+    name = versions.get(digest) or versions.get(blob)
     if not name:
         message = f"{file}: not a published version of {benchmark} (sha256 {digest}). The official one: {official}"
         if strict:
@@ -143,26 +207,40 @@ def version(benchmark: str, file: Path, strict: bool) -> str:
 def make(benchmark: str, file: Path, strict: bool) -> list[dict]:
     """The rows of a benchmark's file, in its order. SystemExit with file and row if one does not fit."""
     source = version(benchmark, file, strict)
-    found, rows = files.read_rows(file), []
-    for number, row in enumerate(tqdm(found, benchmark, disable=None)):
+    rows = []
+    for number, row in enumerate(progress(files.read_rows(file), benchmark)):
         try:
             rows.append(MAKERS[benchmark](row, number) | {"source": source})
         except KeyError as e:
             raise SystemExit(f"{row['_where']}: no {e}; is this the file of {benchmark}?") from None
-        except (TypeError, ValueError) as e:  # not base64, not a picture, not a number
+        except (TypeError, ValueError, AttributeError) as e:  # not base64, not a picture, not a number, not a text
             raise SystemExit(f"{row['_where']}: cannot be used ({e}); is the download complete?") from None
     return rows
 
 
-def folder(root: Path, prompt: str) -> list[dict]:
+def folder_rows(root: Path, prompt: str) -> list[dict]:
     """One row for each picture file below root, by name."""
-    files = sorted(f.relative_to(root).as_posix() for f in root.rglob("*") if f.suffix.lower() in SUFFIXES)
-    if not files:
+    names = sorted(f.relative_to(root).as_posix() for f in root.rglob("*") if f.suffix.lower() in SUFFIXES)
+    if not names:
         raise SystemExit(f"{root}: no pictures ({', '.join(sorted(SUFFIXES))}) in this folder")
-    return [{"id": name, "image": name, "prompt": prompt, "source": "folder"} for name in files]
+    return [{"id": name, "image": name, "prompt": prompt, "source": "folder"} for name in names]
 
 
-def main(argv=None) -> None:
+def write(rows: list[dict], out: Path) -> None:
+    """The rows, and beside them the pictures that were in them. What is at `out` already is kept if it is the same."""
+    shown = [{name: row[name] for name in row if name != "_picture"} for row in rows]
+    if out.exists():
+        there = [{name: row[name] for name in row if name != "_where"} for row in files.read_rows(out)]
+        if there != shown:
+            raise SystemExit(f"{out}: holds other questions already. Give another --out, or remove it.")
+    for row in rows:
+        if "_picture" in row:
+            with files.whole(out.parent / row["image"]) as part:
+                part.write_bytes(row["_picture"])
+    files.write_rows(out, shown)
+
+
+def main(argv: list[str] | None = None) -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("benchmark", choices=[*MAKERS, "folder"])
     p.add_argument("file", type=Path, help="the benchmark's file of questions, or a folder of pictures")
@@ -173,15 +251,11 @@ def main(argv=None) -> None:
     if (args.benchmark == "folder") != bool(args.prompt):
         p.error("folder needs --prompt, and the benchmarks have their own")
     if args.benchmark == "folder":
-        rows, pictures = folder(args.file, args.prompt), args.file
+        rows, where = folder_rows(args.file, args.prompt), args.file
     else:
-        rows, pictures = make(args.benchmark, args.file, args.strict), OFFICIAL[args.benchmark][2]
-    for row in rows:
-        if picture := row.pop("_picture", None):
-            (args.out.parent / "images").mkdir(parents=True, exist_ok=True)
-            (args.out.parent / row["image"]).write_bytes(picture)
-    files.write_rows(args.out, rows)
-    print(f"{args.out}: {len(rows)} questions. Their pictures: {pictures} (a folder elsewhere is --image-root)")
+        rows, where = make(args.benchmark, args.file, args.strict), OFFICIAL[args.benchmark].pictures
+    write(rows, args.out)
+    print(f"{args.out}: {len(rows)} questions. Their pictures: {where} (a folder elsewhere is --image-root)")
 
 
 if __name__ == "__main__":

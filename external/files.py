@@ -1,10 +1,11 @@
 """Reading and writing files: text, JSON, rows; written whole or not at all."""
 
+import errno
 import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -57,7 +58,9 @@ def read_rows(path: str | Path) -> list[dict]:
     first = lines[0][1].strip() if lines else ""
     if first.startswith("[") or first == "{" or '"imgToEval"' in first:
         data = parse_json(text, path)
-        data = list(data.get("imgToEval", {}).values()) if isinstance(data, dict) else data
+        if isinstance(data, dict):
+            captions = data.get("imgToEval", {})
+            data = list(captions.values()) if isinstance(captions, dict) else []
         rows = [(f"{path} row {i}", row) for i, row in enumerate(data)]
     else:
         rows = [(f"{path}:{number}", parse_json(line, f"{path}:{number}")) for number, line in lines]
@@ -87,12 +90,13 @@ def whole(path: str | Path) -> Iterator[Path]:
         with whole("result.json") as part:
             part.write_text("{}")
 
-    Whoever looks at `path` sees the old file or the new one, never half of it, whatever ended the run.
+    Whoever looks at `path` sees the old file or the new one, never half of it, whatever ended the run. SystemExit if
+    it cannot be written.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         part.touch()
         mode = part.stat().st_mode
         yield part
@@ -100,8 +104,29 @@ def whole(path: str | Path) -> Iterator[Path]:
         with open(part, "rb+") as file:
             os.fsync(file.fileno())  # on the disk before it gets the name, or a power cut could leave an empty file
         os.replace(part, path)
+    except OSError as error:
+        raise SystemExit(f"{path}: cannot be written ({error.strerror or error}).") from error
     finally:
-        part.unlink(missing_ok=True)  # still there only if something failed
+        remove(part)  # still there only if something failed
+
+
+def remove(part: Path) -> None:
+    with suppress(OSError):  # in a folder that cannot be written, nothing was
+        part.unlink(missing_ok=True)
+
+
+def check_writable(path: str | Path) -> None:
+    """SystemExit if a file could not be written at `path`; for before the long work. Leaves nothing but its folder."""
+    part = Path(f"{path}.part")
+    try:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        if Path(path).is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        part.touch()
+    except OSError as error:
+        raise SystemExit(f"{path}: cannot be written ({error.strerror or error}).") from error
+    finally:
+        remove(part)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -109,9 +134,24 @@ def write_text(path: str | Path, text: str) -> None:
         part.write_text(text, encoding="utf-8")
 
 
+def json_lines(rows: list) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
 def write_rows(path: str | Path, rows: list) -> None:
     """JSON Lines."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(path, json_lines(rows))
+
+
+def append_rows(path: str | Path, rows: list) -> None:
+    """JSON Lines after those that are there; on the disk when this returns. SystemExit if they cannot be written."""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json_lines(rows))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise SystemExit(f"{path}: cannot be written ({error.strerror or error}).") from error
 
 
 def write_json(path: str | Path, data, indent: int = 1) -> None:

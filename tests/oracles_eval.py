@@ -15,9 +15,6 @@ import eval_chair
 from evals import amber, mmhal, pope, stats
 from external import files
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, from any folder
-
-
 FAILED = []
 
 

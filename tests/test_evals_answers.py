@@ -12,6 +12,7 @@ import generate
 import lora
 from bases import adapter, checkpoint
 from evals import answers
+from external import files
 
 EOS = 2
 
@@ -104,7 +105,7 @@ def test_a_run_goes_on_where_it_was(asked, capsys, monkeypatch, more):
 def test_each_batch_is_on_the_disk_before_the_next(asked, monkeypatch):
     rows, args, out = asked
     real, calls, synced = generate.generate, [], []
-    monkeypatch.setattr(answers.os, "fsync", lambda _: out.exists() and synced.append(len(read(out))))
+    monkeypatch.setattr(files.os, "fsync", lambda _: out.exists() and synced.append(len(read(out))))
 
     def killed_in_the_third(*a, **k):
         calls.append(len(read(out)))

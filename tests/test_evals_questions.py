@@ -19,6 +19,7 @@ def jpeg(colour=(200, 10, 10)) -> bytes:
 
 
 def make(tmp_path, benchmark: str, rows, *more) -> list[dict]:
+    (tmp_path / "out" / "q.jsonl").unlink(missing_ok=True)
     file = tmp_path / "official.json"
     file.write_text(
         json.dumps(rows) if "amber" in benchmark or benchmark == "mmhal" else "\n".join(map(json.dumps, rows))
@@ -137,7 +138,7 @@ def test_a_folder_of_pictures(tmp_path):
         {"id": "b.JPG", "image": "b.JPG", "prompt": "What?"},
         {"id": "sub/a.png", "image": "sub/a.png", "prompt": "What?"},
     ]
-    assert len(questions.read_questions(tmp_path / "q.jsonl", tmp_path / "in")[0]) == 2
+    assert len(questions.read_questions(tmp_path / "q.jsonl", tmp_path / "in").rows) == 2
     with pytest.raises(SystemExit, match="no pictures"):
         questions.main(["folder", str(tmp_path / "out"), "--prompt", "What?", "--out", str(tmp_path / "q.jsonl")])
 
@@ -171,14 +172,14 @@ def test_what_was_begun_with_a_broken_line_inside_is_named(tmp_path):
     (tmp_path / "a.settings.json").write_text("{}")
     (tmp_path / "a.jsonl").write_bytes(b'{"id": 1, "answer": "\xff"}\n{"id": 2}\n')
     with pytest.raises(SystemExit, match="a.jsonl:1: broken JSON"):
-        answers.read_begun(tmp_path / "a.jsonl", {"1": {"id": 1}}, {})
+        answers.read_partial(tmp_path / "a.jsonl", {"1": {"id": 1}}, {})
     (tmp_path / "a.settings.json").unlink()
     with pytest.raises(SystemExit, match="a.settings.json: no such file"):
-        answers.read_begun(tmp_path / "a.jsonl", {"1": {"id": 1}}, {})
+        answers.read_partial(tmp_path / "a.jsonl", {"1": {"id": 1}}, {})
 
 
 def test_a_question_answered_twice_is_named(tmp_path):
     (tmp_path / "a.settings.json").write_text("{}")
     (tmp_path / "a.jsonl").write_text('{"id": 1, "answer": "x"}\n{"id": 1, "answer": "y"}\n')
     with pytest.raises(SystemExit, match="a.jsonl:2: id 1 is there twice"):
-        answers.read_begun(tmp_path / "a.jsonl", {"1": {"id": 1}}, {})
+        answers.read_partial(tmp_path / "a.jsonl", {"1": {"id": 1}}, {})
