@@ -209,9 +209,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--image-root", type=Path, help="folder the image paths start from (default: the questions')")
     add_flags(p)
     p.add_argument("--batch", type=whole(1), default=64, help="questions at once, at most (default 64)")
-    p.add_argument(
-        "--batch-tokens", type=whole(1), help="tokens in the cache, at most (default: what memory allows)"
-    )
+    p.add_argument("--batch-tokens", type=whole(1), help="tokens in the cache, at most (default: what memory allows)")
     p.add_argument("--shard-index", type=whole(0), default=0, help="answer every Nth question, from this one on")
     p.add_argument("--shard-count", type=whole(1), default=1, help="N; the command without it joins the shards")
     args = parse_flags(p, argv)

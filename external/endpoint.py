@@ -40,9 +40,7 @@ class NoReply(Exception):
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     seconds = number(0, above=True)
-    parser.add_argument(
-        "--tries", type=whole(1), default=8, help="attempts per reply before the run ends (default 8)"
-    )
+    parser.add_argument("--tries", type=whole(1), default=8, help="attempts per reply before the run ends (default 8)")
     parser.add_argument("--timeout", type=seconds, default=120.0, help="seconds for one attempt, in all (default 120)")
     parser.add_argument("--parallel", type=whole(1), default=4, help="requests at once (default 4)")
 
