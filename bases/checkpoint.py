@@ -4,18 +4,19 @@ A base is a name of SOURCES, or a folder; how tensors are called in it is told b
 vision tower may be in a folder of its own. Modules are built on the meta device and take their tensors one by one.
 """
 
+import hashlib
 import os
 import re
 from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from bases.architectures import architecture_of, read_config
 from bases.layouts import IGNORED, LAYOUTS, layout_of, our_name, refuse_misfits
 from bases.tensors import FLOATING, Stored, check_finite, read_stored, read_tensor, shard_files
 from external import files, hub
+from external.progress import progress
 from model import LLaVA
 
 SOURCES = {  # base: hub repository, size of the download
@@ -65,7 +66,7 @@ def load_model(
     model.source = str(folder)
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
     check_names(folder, wanted, tensors, config.vision.layers_run)
-    for name in tqdm(wanted, f"loading {folder.name}", disable=None):
+    for name in progress(wanted, f"loading {folder.name}"):
         parent, _, leaf = name.rpartition(".")
         weight = read_tensor(tensors[name], dtype, device)
         check_finite(weight, f"{tensors[name].file}: {tensors[name].name}")
@@ -174,3 +175,27 @@ def check_names(folder: Path, wanted: dict, tensors: dict[str, Stored], vision_l
         if name not in wanted and not IGNORED.search(name) and not unused_layer(name, vision_layers_run):
             unexpected.append(stored.name)
     refuse_misfits(f"{folder}: the weights do not fit its config.json", missing, unexpected, wrong_shape, wrong_type)
+
+
+# ---- which base it is ----------------------------------------------------------------------------------------------
+
+DECIDING = ("config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json")  # beside the weights
+
+
+def base_sha256(folder: Path, vision: Path | None = None) -> str:
+    """One hash over the files that decide what a base computes. Its path says nothing: another may lie there later."""
+    tensors, vision = checkpoint_tensors(folder, vision)
+    weights = {stored.file for stored in tensors.values()}
+    small = {folder / name for name in DECIDING if (folder / name).is_file()}
+    total = hashlib.sha256()
+    for file in progress(sorted(weights | small), f"hashing {folder.name}"):
+        total.update(f"{file.name} {file_sha256(file)}\n".encode())
+    return total.hexdigest()
+
+
+def file_sha256(file: Path) -> str:
+    blob = file.resolve()
+    if blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name):
+        return blob.name  # the hub's cache calls a large file by its hash
+    with open(blob, "rb") as data:
+        return hashlib.file_digest(data, "sha256").hexdigest()

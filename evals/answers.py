@@ -19,7 +19,6 @@ import torch
 import pictures
 from bases import checkpoint
 from bases.adapter import adapter_files
-from bases.identity import base_sha256, file_sha256
 from data import SYSTEM, Processor, bare_question
 from evals.questions import ADDED, Questions, read_questions
 from external import files
@@ -111,10 +110,10 @@ def describe(args: argparse.Namespace, processor: Processor, questions: Question
         decoding = {"method": "beam search", "beams": args.beams, "length_penalty": 1.0, "early_stopping": False}
     return {
         "base": args.base,
-        "base_sha256": base_sha256(checkpoint.resolve(args.base, args.weights), args.vision_weights),
+        "base_sha256": checkpoint.base_sha256(checkpoint.resolve(args.base, args.weights), args.vision_weights),
         "weights": args.weights and str(args.weights),
         "adapter": args.adapter and str(args.adapter),
-        "adapter_sha256": adapter and file_sha256(adapter),
+        "adapter_sha256": adapter and checkpoint.file_sha256(adapter),
         "pictures_sha256": questions.pictures_sha256(),
         "decoding": decoding,
         "max_new_tokens": args.max_new_tokens,
