@@ -105,6 +105,7 @@ def merge_lora(model: nn.Module) -> None:
     """W += s B A in float32, then back to W's dtype, and the adapter is gone. For export; training never merges."""
     for name, m in lora_modules(model).items():
         weight = m.base.weight
+        assert weight.is_floating_point(), f"merge_lora: {name} is quantised; merge into the full weights"
         update = m.scaling * (m.lora_B.float() @ m.lora_A.float())  # (out, r) (r, in) -> (out, in)
         weight.copy_((weight.float() + update).to(weight.dtype))
         parent, _, child = name.rpartition(".")

@@ -292,6 +292,8 @@ class Decoder(nn.Module):
 class LLaVA(nn.Module):
     """Tower, projector, decoder, head. Bunny (bases/bunny.py) is the same with its own tower, block and norm."""
 
+    source = "weights made here"  # or the folder or hub repository that they were loaded from
+
     def __init__(
         self,
         config: Config,

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from bases.architectures import architecture_of
 from bases.configs import Fields
 from bases.layouts import refuse_misfits
+from bases.quant import kind_of
 from bases.tensors import check_finite, open_bin, write_tensors
 from external import files
 from lora import add_lora, lora_modules
@@ -34,6 +35,7 @@ class Adapter(NamedTuple):
     alpha: float
     rslora: bool
     base: str | None  # what it was made for, as its config says
+    quant: str | None  # of quant.KINDS, where it was trained on such weights
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------
@@ -67,7 +69,7 @@ def adapter_config(model: nn.Module, base: str) -> dict:
     """What PEFT needs to know beside the tensors. `base`: where it finds the model that the adapter belongs to."""
     linears = sorted({name.rpartition(".")[2] for name in lora_modules(model)})
     scope = architecture_of(model).adapter_scope
-    return {
+    config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
@@ -81,6 +83,9 @@ def adapter_config(model: nn.Module, base: str) -> dict:
         "modules_to_save": None,
         "inference_mode": True,
     }
+    if kind_of(model):
+        config["base_quantization"] = kind_of(model)  # PEFT passes over names that it does not know
+    return config
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------
@@ -103,6 +108,8 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
             parameter.copy_(adapter.tensors[name])
     if adapter.base and not same_base(adapter.base, model.source):
         print(f"{folder}: an adapter of {adapter.base!r}, used on {model.source!r}; the shapes fit")
+    if adapter.quant != kind_of(model):
+        print(f"{folder}: trained on {adapter.quant or 'full'} weights, used on {kind_of(model) or 'full'} ones")
 
 
 def same_base(named: str, source: str) -> bool:
@@ -160,6 +167,7 @@ def read_adapter(folder: Path) -> Adapter:
         alpha=config.number("lora_alpha", 8, most=1e6),
         rslora=config.get("use_rslora", False),
         base=config.get("base_model_name_or_path"),
+        quant=config.get("base_quantization"),
     )
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from bases.architectures import architecture_of, read_config
 from bases.layouts import IGNORED, LAYOUTS, layout_of, our_name, refuse_misfits
+from bases.quant import QuantLinear, swap_linears
 from bases.tensors import FLOATING, Stored, check_finite, read_stored, read_tensor, shard_files
 from external import files, hub
 from external.progress import progress
@@ -39,10 +40,11 @@ def load_base(
     vision: Path | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    quant: str | None = None,
 ) -> tuple[LLaVA, Path]:
-    """The frozen model of a base name or folder, and the folder it came from."""
+    """The frozen model of a base name or folder, and the folder it came from. `quant`: of quant.KINDS."""
     folder = resolve(base, weights)
-    model = load_model(folder, vision, dtype, device)
+    model = load_model(folder, vision, dtype, device, quant)
     model.source = source_of(base)
     return model, folder
 
@@ -57,6 +59,7 @@ def load_model(
     vision: Path | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    quant: str | None = None,
 ) -> LLaVA:
     """A checkpoint folder of any layout -> frozen model. SystemExit lists what is missing, unexpected, wrong-shaped."""
     tensors, vision = checkpoint_tensors(folder, vision)
@@ -66,12 +69,24 @@ def load_model(
     model.source = str(folder)
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
     check_names(folder, wanted, tensors, config.vision.layers_run)
+    if quant:
+        swap_linears(model, quant, dtype)
     for name in progress(wanted, f"loading {folder.name}"):
-        parent, _, leaf = name.rpartition(".")
-        weight = read_tensor(tensors[name], dtype, device)
-        check_finite(weight, f"{tensors[name].file}: {tensors[name].name}")
-        setattr(model.get_submodule(parent), leaf, nn.Parameter(weight, requires_grad=False))
+        put(model, name, tensors[name], dtype, device)
     return model.eval()
+
+
+def put(model: LLaVA, name: str, stored: Stored, dtype: torch.dtype, device: torch.device | str) -> None:
+    """One tensor of the file becomes a parameter, or the codes of one."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    quantised = isinstance(module, QuantLinear) and leaf == "weight"
+    tensor = read_tensor(stored, torch.float32 if quantised else dtype, device)
+    check_finite(tensor, f"{stored.file}: {stored.name}")
+    if quantised:
+        module.quantise(tensor)
+    else:
+        setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
 
 
 # ---- where a base is -----------------------------------------------------------------------------------------------
