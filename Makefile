@@ -5,7 +5,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .PHONY: demo test test-slow lint format clean
 
-demo: .venv/core
+demo: .venv/plot
 	$(BIN)/python -m lab.demo
 
 test: .venv/dev
@@ -29,6 +29,10 @@ format: .venv/dev
 
 .venv/core: .venv/python requirements.txt
 	$(PIP) -r requirements.txt
+	@touch $@
+
+.venv/plot: .venv/core requirements-plot.txt
+	$(PIP) -r requirements-plot.txt
 	@touch $@
 
 .venv/dev: .venv/core requirements-plot.txt requirements-pds.txt requirements-dev.txt

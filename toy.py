@@ -394,7 +394,7 @@ def score_rows(world: Path, runs: dict[str, Path], out: Path, seed: int) -> dict
     for i, scene in enumerate(scenes):
         said = {name: captions[i] for name, captions in texts.items()}
         if not set(mentions(said["base"])) <= scene.places.keys():
-            shown.append(Shown(scene.image, scene.places.keys(), said))
+            shown.append(Shown(scene.image, scene.places, said))
     title = "The first six test scenes in which the base invents an object."
     draw_page(out / "captions.png", title, shown[:6], OBJECTS)
     return table

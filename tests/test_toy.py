@@ -66,6 +66,8 @@ def test_typical_objects_are_common_and_close_ups_are_parts():
     parts = [toy.draw_scene(rng, close_up=True) for _ in range(200)]
     area = np.mean([part.image.width * part.image.height for part in parts])
     assert area < 0.65 * 48**2  # uniform in 0.05 to 1, mean 0.525
+    for part in parts:  # an object's middle is in the part, counted from its own corner
+        assert all(0 <= x < part.image.width and 0 <= y < part.image.height for x, y, _ in part.places.values())
     seen = np.mean([len(part.places) for part in parts])
     assert seen < np.mean([len(scene.places) for scene in scenes]) - 0.5
 
@@ -165,23 +167,30 @@ def test_the_score_of_an_object_is_the_product_of_its_words(monkeypatch):
     """A model by hand: after a word , and . are 3 : 1, at an object's place the cup is 9 times as likely as another."""
     processor = toy.new_processor()
     token = {word: processor.response_ids(word)[0] for word in (",", ".", *toy.OBJECTS)}
-    begun = []
+    asked = []
 
     def by_hand(model, processor, question, image, text):
-        begun.append(text)
-        logits = torch.zeros(len(processor.response_ids(text)) - 1, 128)
-        logits[:, token[","]] = np.log(3)
-        logits[:, token["cup"]] = np.log(9)
+        asked.append(text)
+        ids = torch.tensor(processor.response_ids(text)[:-1])
+        logits = torch.zeros(len(ids), 128)
+        logits[:-1][ids[1:] == token[","], token[","]] = np.log(3)  # where the next word is a comma
+        logits[-1, token["cup"]] = np.log(9)
         return logits
 
     monkeypatch.setattr(toy, "next_logits", by_hand)
     there, not_there = toy.naming_probabilities(None, processor, [SCENE])
-    assert begun == [
+    assert asked == [
         "a truly lovely kitchen with a shiny",  # cup: nothing before it
         "a truly lovely kitchen with a shiny cup , a shiny pan , a shiny",  # plate: both true objects stand before it
     ]
     assert there == pytest.approx([9 / 24])  # 9 of 9 + 15
     assert not_there == pytest.approx([3 / 4 * 1 / 24])  # , rather than . and 1 of 9 + 15
+
+
+def test_captions_are_drawn_scene_by_scene(monkeypatch):
+    monkeypatch.setattr(toy, "caption", lambda m, p, question, images, temperature, seed: [im.size[0] for im in images])
+    scenes = [SCENE._replace(image=Image.new("RGB", (side, 1))) for side in (10, 20, 30)]
+    assert toy.draw_captions(None, None, scenes, 2, seed=0) == [[10, 10], [20, 20], [30, 30]]
 
 
 def test_base_opens_in_our_loader_and_in_transformers(tmp_path):
