@@ -178,14 +178,13 @@ class LostPicture(ValueError):
 
 
 def open_of(pair: Pair, source: Path | bytes) -> Image.Image:
-    """A picture of a pair, RGB. LostPicture with the row's place and what to do."""
+    """A picture of a pair, RGB. LostPicture with the row's place and the reason."""
     try:
         return pictures.open_image(source)
     except ValueError as e:
-        name = source if isinstance(source, Path) else "the picture in the row"
-        raise LostPicture(
-            f"{pair.where or f'row {pair.row}'}: id {pair.id}: {name}: {e}; it was there before"
-        ) from None
+        place = pair.where or f"row {pair.row}"
+        file = source if isinstance(source, Path) else "the picture in the row"
+        raise LostPicture(f"{place}: id {pair.id!r}: {file}: {e}; it was there when the run began") from None
 
 
 class PairData(Dataset):
@@ -229,7 +228,7 @@ class PairData(Dataset):
         """sha256 of all texts and of the pictures' names or bytes, in order."""
         h = hashlib.sha256()
         for pair in self.pairs:
-            h.update(json.dumps([pair.row, pair.id, pair.prompt, pair.chosen, pair.rejected]).encode())
+            h.update(json.dumps([pair.row, pair.id, pair.system, pair.prompt, pair.chosen, pair.rejected]).encode())
             for image in (pair.image, pair.image_rejected):
                 h.update(image.name.encode() if isinstance(image, Path) else image or b"-")
         return h.hexdigest()

@@ -6,6 +6,7 @@ wait for ever: so how many examples are under way is fitted to what is free.
 """
 
 import math
+import os
 import shutil
 from collections.abc import Iterator
 
@@ -35,7 +36,9 @@ def example_loader(data: PairData, sampler: Sampler, workers: int, batch: int = 
     try:
         yield from loader
     except LostPicture as e:
-        raise SystemExit(str(e).strip().splitlines()[-1]) from None  # a worker's error brings its traceback along
+        raise SystemExit(
+            str(e).rpartition("LostPicture: ")[2].strip()
+        ) from None  # a worker's brings its traceback along
 
 
 def example_bytes(data: PairData) -> int:
@@ -68,8 +71,9 @@ def fit_shared_memory(example: int, workers: int, ahead: int, free: float) -> tu
 
 
 def free_shared_memory() -> float:
-    """Free bytes of /dev/shm; no limit where there is no such folder."""
+    """This process's share of the free bytes of /dev/shm; no limit where there is no such folder."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's: each has workers of its own
     try:
-        return shutil.disk_usage("/dev/shm").free
+        return shutil.disk_usage("/dev/shm").free / processes
     except OSError:
         return math.inf

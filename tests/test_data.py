@@ -98,6 +98,19 @@ def test_golden_prompt_and_mask():
     assert token_lengths(pair(), PROCESSOR) == (len(prompt), 12, 4)
 
 
+def test_the_datas_own_system_text_stands_in_the_prompt():
+    own = pair(system="Be brief.")
+    prompt = [1] + ids(" Be brief. USER: ") + [IMAGE] * 4 + ids(" \nWhat is it? ASSISTANT:")
+    assert PairData([own], PROCESSOR)[0, 0].prompt.tolist() == prompt
+    without = [1] + ids(" Be brief. USER: What is it? ASSISTANT:")
+    assert PairData([own], PROCESSOR, with_image=False)[0, 0].prompt.tolist() == without
+    assert token_lengths(own, PROCESSOR)[0] == len(prompt)
+    assert token_lengths(own, PROCESSOR, with_image=False)[0] == len(without)
+    assert PairData([own], PROCESSOR).digest() != PairData([pair()], PROCESSOR).digest()
+    (problem,) = problems_of([pair(system="Be </s> brief.")])
+    assert (problem.reason, problem.detail) == ("special-token text inside data", "</s> in system")
+
+
 def test_golden_prompt_without_image():
     example = PairData([pair()], PROCESSOR, with_image=False)[0, 0]
     assert example.prompt.tolist() == [1] + ids(f" {SYSTEM} USER: What is it? ASSISTANT:")

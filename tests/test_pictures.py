@@ -1,12 +1,15 @@
 """Picture preparation against the reference library's, odd files, and the statistics of every m_l strategy."""
 
+import argparse
 import io
 import math
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 import pictures
 from pictures import ImageSpec, levels, open_image, prepare
@@ -63,6 +66,15 @@ def test_normalisation_by_hand():
     torch.testing.assert_close(x, expected, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("spec", [CLIP, SIGLIP], ids=["clip", "siglip"])
+def test_all_levels_are_bit_equal_to_the_processors_arithmetic(spec):
+    x = torch.arange(256, dtype=torch.uint8).expand(3, 1, 256)  # (3, 1, 256): every level of every channel
+    # as the image processors: x * (1 / 255) in float64, then float32
+    scaled = (np.arange(256) * (1 / 255)).astype(np.float32)
+    expected = [(scaled - np.float32(m)) / np.float32(s) for m, s in zip(spec.mean, spec.std, strict=True)]
+    assert torch.equal(pictures.normalise(x, spec)[:, 0], torch.from_numpy(np.stack(expected)))
+
+
 # ---- odd pictures --------------------------------------------------------------------------------------------------
 
 
@@ -111,6 +123,94 @@ def test_refused_pictures(tmp_path, monkeypatch):
         open_image(encoded(Image.fromarray(np.full((4, 4), 1e6, np.float32)), "TIFF"))
     with pytest.raises(ValueError, match="20000x10001 pixels, more than 178,956,970"):
         open_image(encoded(Image.new("1", (20000, 10001)), "PNG"))  # 25 kB on disk, 600 MB as RGB
+
+
+def test_postscript_is_not_handed_to_ghostscript(tmp_path, monkeypatch):
+    gs = tmp_path / "gs"
+    gs.write_text(f"#!/bin/sh\ntouch {tmp_path}/was-run\n")
+    gs.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    EpsImagePlugin.gs_binary = None  # asked for anew, as in a fresh process
+    (tmp_path / "evil.jpg").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n%%EndComments\nshowpage\n"
+    )
+    with pytest.raises(ValueError, match="broken image"):
+        open_image(tmp_path / "evil.jpg")
+    assert not (tmp_path / "was-run").exists()
+
+
+@pytest.mark.parametrize("file_format", ["AVIF", "DDS", "BLP", "PPM", "ICO", "TGA"])
+def test_formats_that_are_not_listed_are_refused(file_format):
+    with pytest.raises(ValueError, match="broken image"):
+        open_image(encoded(picture(16, 16).convert("P" if file_format == "BLP" else "RGB"), file_format))
+
+
+def test_pipes_and_devices_are_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (tmp_path / "pipe.png", Path("/dev/zero")):
+        with pytest.raises(ValueError, match="broken image"):
+            open_image(path)
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    with pytest.raises(ValueError, match="broken image"):
+        open_image(tmp_path / "loop.png")
+    with pytest.raises(ValueError, match="broken image"):
+        open_image(Path("a" * 300))
+
+
+def small_files(rng: np.random.Generator) -> list[bytes]:
+    """Pictures of every listed format in the modes and compressions that people have, each a few kilobytes."""
+    noise, flat = picture(24, 17), Image.new("RGB", (24, 17), (200, 30, 90))
+    grey16 = Image.fromarray(rng.integers(0, 65536, (17, 24), dtype=np.uint16))
+    made = []
+    for image in (noise, flat):
+        made += [encoded(image, "JPEG"), encoded(image, "JPEG", progressive=True), encoded(image.convert("L"), "JPEG")]
+        made += [encoded(image.convert("CMYK"), "JPEG"), encoded(image, "PNG"), encoded(image.convert("P"), "PNG")]
+        made += [encoded(image.convert("RGBA"), "PNG"), encoded(image.convert("1"), "PNG")]
+        made += [encoded(image, "WEBP"), encoded(image, "WEBP", lossless=True), encoded(image.convert("RGBA"), "WEBP")]
+        made += [encoded(image, "GIF"), encoded(image, "GIF", save_all=True, append_images=[flat], loop=0)]
+        made += [encoded(image, "BMP"), encoded(image.convert("P"), "BMP"), encoded(image.convert("1"), "BMP")]
+        for compression in ("raw", "tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg"):
+            made.append(encoded(image, "TIFF", compression=compression))
+    return [*made, encoded(grey16, "PNG"), encoded(grey16, "TIFF")]
+
+
+def mutated(data: bytes, rng: np.random.Generator) -> bytes:
+    """Bytes exchanged, cut off, doubled or set to numbers that sizes overflow at; headers more often than the rest."""
+    x = bytearray(data)
+    for _ in range(rng.integers(1, 6)):
+        reach = len(x) if rng.random() < 0.5 else min(len(x), 64)
+        at = int(rng.integers(max(1, reach)))
+        kind = rng.integers(5)
+        if kind == 0:
+            x[at : at + 1] = bytes([rng.integers(256)])
+        elif kind == 1:
+            del x[at : at + int(rng.integers(1, 9))]
+        elif kind == 2:
+            x[at:at] = x[at : at + int(rng.integers(1, 9))]
+        elif kind == 3:
+            x[at : at + 4] = [b"\xff\xff\xff\xff", b"\0\0\0\0", b"\x7f\xff\xff\xff", b"\0\0\0\x80"][rng.integers(4)]
+        else:
+            del x[at:]
+    return bytes(x)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("n", [1_000, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_mutated_files_open_or_are_refused(n):
+    """A RuntimeError out of a decoder, say, would end the scan of a whole data set."""
+    rng = np.random.default_rng(n)
+    files = small_files(rng)
+    for image in files:
+        assert open_image(image).size == (24, 17)
+    refused = 0
+    for i in range(n):
+        data = mutated(files[i % len(files)], rng)
+        try:
+            open_image(data)
+        except ValueError as e:
+            assert type(e) is ValueError and len(str(e)) < 500, repr(e)
+            refused += 1
+    assert 0.2 < refused / n < 0.95  # most are broken, and some pictures can still be looked at
 
 
 @pytest.mark.parametrize("size", [(30000, 10), (10, 30000)], ids=["wide", "tall"])
@@ -179,6 +279,28 @@ def test_every_strategy_makes_a_prepared_picture(name):
         assert torch.equal(drawn, levels(fixed[name], CLIP))
     else:
         assert any(not torch.equal(drawn, draw(seed)) for seed in (1, 2))
+
+
+@pytest.mark.parametrize(
+    "text, kept", [("crop:0.2-0.5", (0.2, 0.5)), ("crop:.4-1", (0.4, 1.0)), ("crop:0.3-0.3", (0.3, 0.3))]
+)
+def test_crop_ranges_can_be_named(text, kept):
+    assert pictures.strategy(text) == text and pictures.crop_range(text) == kept
+    image = picture(200, 100)
+    sizes = [pictures.crop(image, np.random.default_rng(seed), *kept).size for seed in range(50)]
+    areas = np.array([w * h / 20_000 for w, h in sizes])
+    assert kept[0] * 0.97 <= areas.min() and areas.max() <= kept[1] * 1.03
+    drawn = pictures.rejected_image(text, image, np.random.default_rng(4), CLIP)
+    expected = pictures.crop(image, np.random.default_rng(4), *kept)
+    assert torch.equal(drawn, levels(expected, CLIP))
+
+
+@pytest.mark.parametrize(
+    "text", ["crop:0.5-0.2", "crop:0-0.5", "crop:0.2-1.1", "crop:0.2", "crop:-", "crop:a-b", "black"]
+)
+def test_other_strategies_are_refused_with_a_sentence(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="crop:LOW-HIGH, shares of the area in 0-1"):
+        pictures.strategy(text)
 
 
 def test_region_noise_covers_a_fifth():

@@ -1,0 +1,105 @@
+"""Worker processes: the same examples, never more of them than shared memory holds, and a picture that has gone."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bases.checkpoint import read_config
+from bases.tokenizer import load_processor
+from data import EpochSampler, PairData
+from engine.loading import example_bytes, example_loader, fit_shared_memory, free_shared_memory
+from formats.readers import read_pairs
+
+ROOT = Path(__file__).parent.parent
+ROOMY = 10**12
+
+
+@pytest.mark.parametrize(
+    "free, workers, ahead, expected",
+    [
+        (ROOMY, 8, 8, (8, 8)),
+        (float("inf"), 8, 8, (8, 8)),
+        (1000 * 103, 8, 8, (8, 8)),  # 0.7 x 103,000 / 1,000 = 72 examples: 8 x (8 ahead + 1 in work)
+        (1000 * 102, 8, 8, (8, 7)),  # 71: 7 ahead each
+        (1000 * 30, 8, 8, (8, 1)),  # 21: 8 x (1 + 1), and 2 x 8 more would be too many
+        (1000 * 10, 8, 8, (3, 1)),  # 7: three workers with two each
+        (1000 * 2, 8, 8, (0, 0)),  # 1: none
+        (0, 0, 8, (0, 8)),  # no workers asked for
+    ],
+)
+def test_no_more_under_way_than_there_is_room_for(free, workers, ahead, expected, capsys):
+    assert fit_shared_memory(1000, workers, ahead, free) == expected
+    out = capsys.readouterr().out
+    assert ("/dev/shm" in out) == (expected not in [(8, 8), (0, 8)])
+    fewer, less = expected
+    assert fewer * (less + 1) * 1000 <= max(0.7 * free, 0)
+
+
+@pytest.fixture
+def data(tiny_base, pairs_file, tmp_path) -> PairData:
+    shutil.copytree(pairs_file.parent, tmp_path / "pairs")
+    pairs, _ = read_pairs(tmp_path / "pairs" / pairs_file.name)
+    return PairData(pairs, load_processor(tiny_base, read_config(tiny_base)), "crop")
+
+
+@pytest.mark.parametrize("strategy, bytes_of_m_l", [("crop", 1), ("crop-released", 4), (None, 0)])
+def test_bytes_of_an_example(data, strategy, bytes_of_m_l):
+    data.strategy = strategy
+    example = data[0, 0]
+    tensors = [example.image, example.image_rejected, example.prompt, example.chosen, example.rejected]
+    real = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    # 3 x 28 x 28 levels of one byte; a bilinear crop of them is float32
+    assert example_bytes(data) == 2352 * (1 + bytes_of_m_l) + 100_000 >= real
+    # two pictures of 336 px: 0.68 MB where float32 took 2.7 MB
+    data.processor.template.image.__dict__["size"] = 336
+    assert example_bytes(data) == 338_688 * (1 + bytes_of_m_l) + 100_000
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_picture_that_has_gone_is_named(data, workers, tmp_path):
+    (tmp_path / "pairs/3.png").unlink()
+    with pytest.raises(SystemExit) as e:  # from a worker too, without its traceback
+        list(example_loader(data, EpochSampler(5, 1, seed=0), workers))
+    place = f"{tmp_path}/pairs/pairs.json:4: id 'p3': {tmp_path.resolve()}/pairs/3.png"
+    assert str(e.value) == f"{place}: missing image; it was there when the run began"
+
+
+def test_processes_share_what_is_free(monkeypatch):
+    free = free_shared_memory()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert free_shared_memory() == pytest.approx(free / 4, rel=0.5)  # others use the folder meanwhile
+
+
+def test_workers_hand_over_levels_of_one_byte(data):
+    for example in example_loader(data, EpochSampler(5, 1, seed=0), workers=1):
+        assert example.image.dtype == example.image_rejected.dtype == torch.uint8
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounting needs root")
+def test_eight_workers_in_64_mb_of_shared_memory(tmp_path):
+    """Docker's default, at 336 px: with float32 pictures, 8 ahead, three workers waited for ever."""
+    script = (
+        "import torch, numpy as np\n"
+        "from PIL import Image\n"
+        "from data import EpochSampler, Pair, PairData, Processor\n"
+        "from engine.loading import example_loader\n"
+        "from model import Config\n"
+        "import test_data\n"
+        "from dataclasses import replace\n"
+        "pairs = [test_data.pair(row, image=test_data.png(row, (500, 400))) for row in range(1, 200)]\n"
+        "data = PairData(pairs, Processor(test_data.letter_tokenizer(), replace(Config(), image_id=99)), 'crop')\n"
+        "print(sum(e.image.shape == (3, 336, 336) for e in example_loader(data, EpochSampler(199, 1, 0), 8, 32)))\n"
+    )
+    mount = 'mount -t tmpfs -o size=64m shm /dev/shm && exec "$0" -c "$1"'
+    command = ["unshare", "--mount", "sh", "-c", mount, sys.executable, script]
+    if subprocess.run(["unshare", "--mount", "true"]).returncode:
+        pytest.skip("no mount namespaces here")
+    env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, env=env)
+    assert run.stdout.splitlines()[-1:] == ["199"], run.stdout + run.stderr
