@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import dataclasses
 import math
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -39,12 +40,13 @@ from engine import distributed
 from engine.batches import batches, plan_steps, workers_watched
 from engine.device import autocast_for, choose_device, compile_blocks
 from engine.memory import Room, find_room
-from engine.run_folder import Run, environment, probe
+from engine.run_folder import Run, describe, probe
+from engine.sharding import shard as shard_base
 from external.flags import names_of, number, whole
 from formats import hub_data
 from formats.problems import Demands, examine, usable
 from formats.readers import read_pairs
-from lora import add_lora, lora_disabled, lora_modules
+from lora import add_lora, lora_disabled
 from model import LLaVA
 
 MDPO = dict(
@@ -90,9 +92,8 @@ def train(args: argparse.Namespace) -> Path:
     model, data = load_base_and_data(args, device)
     targets = architecture_of(model).lora_targets
     parameters = add_lora(model, args.lora_r, args.lora_alpha, seed=args.seed, targets=targets)
-    path = fast_path(model, args.compile, args.reference) if args.pack else plain_path(model)
-    size = args.tokens_per_batch if args.pack else args.micro_batch
-    room = world.agree(find_room(path, model, parameters, data, args.batch, size, args.checkpointing))
+    path = choose_path(args, world, model)
+    room = make_room(args, world, path, model, parameters, data)
     optimizer = make_optimizer(parameters, args.lr, args.adam_beta2, args.weight_decay)
     run = start_run(args, world, model, data, path, room, optimizer)
 
@@ -128,7 +129,7 @@ def train(args: argparse.Namespace) -> Path:
 
 def lr_at(step: int, steps: int, warmup: float, peak: float) -> float:
     """Linear from 0 over the warm-up (so the first optimiser step has lr 0), then half a cosine to 0 (mDPO 4.1)."""
-    rising = math.ceil(steps * warmup)
+    rising = min(math.ceil(steps * warmup), steps - 1)  # a run of one step is not spent on a learning rate of 0
     if step < rising:
         return peak * step / rising
     return peak * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
@@ -150,6 +151,13 @@ class ScoringPath(NamedTuple):
     score: Callable  # (model, batch) -> Logps
     reference: Callable  # (model, batch) -> Logps with the adapter off
     autocast: contextlib.AbstractContextManager
+
+
+def choose_path(args: argparse.Namespace, world: distributed.World, model) -> ScoringPath:
+    """The switch: --pack."""
+    if not args.pack:
+        return plain_path(model)
+    return fast_path(model, args.compile, args.reference, any_rank=world.any if args.shard else bool)
 
 
 def live_reference(model, batch, score: Callable) -> losses.Logps:
@@ -174,18 +182,19 @@ def split_by_count(examples: list[Example], size: int) -> list[list[Example]]:
     return [examples[i : i + size] for i in range(0, len(examples), size)]
 
 
-def fast_path(model, compiled: bool, reference: str) -> ScoringPath:
+def fast_path(model, compiled: bool, reference: str, any_rank: Callable[[bool], bool] = bool) -> ScoringPath:
     """One packed row per micro-batch, log-probs without (T, V) logits, the reference scored once (engine/)."""
     from engine import packing
     from engine.reference import CachedReference
 
     if compiled:
         compile_blocks(model.language_model.layers)
+    live = partial(live_reference, score=packing.packed_logps)
     return ScoringPath(
         split=packing.split_by_tokens,
         make_batch=packing.pack,
         score=packing.packed_logps,
-        reference=CachedReference() if reference == "cached" else partial(live_reference, score=packing.packed_logps),
+        reference=live if reference == "live" else CachedReference(any_rank),
         autocast=autocast_for(model.lm_head.weight),
     )
 
@@ -198,7 +207,8 @@ def load_base_and_data(args: argparse.Namespace, device: torch.device) -> tuple[
     pairs, problems = read_pairs(args.data, args.image_root)
     default_dtype = "bfloat16" if device.type == "cuda" else "float32"
     dtype = getattr(torch, args.dtype or default_dtype)
-    model, folder = load_base(args.base, args.weights, args.vision_weights, dtype, device)
+    place = torch.device("cpu") if args.shard else device  # one GPU need not hold a base that is to be sharded
+    model, folder = load_base(args.base, args.weights, args.vision_weights, dtype, place)
     processor = load_processor(folder, model.config)
     if args.bunny_template == "released":
         processor.template = dataclasses.replace(processor.template, response_blank=False)
@@ -220,6 +230,13 @@ def load_base_and_data(args: argparse.Namespace, device: torch.device) -> tuple[
         max_length=args.max_length,
     )
     return model, data
+
+
+def make_room(args: argparse.Namespace, world: distributed.World, path: ScoringPath, model, parameters, data) -> Room:
+    """How large a micro-batch may be, agreed on by all processes; with --shard the base's layers in pieces."""
+    size = args.tokens_per_batch if args.pack else args.micro_batch
+    room = world.agree(find_room(path, model, parameters, data, args.batch, size, args.checkpointing))
+    return shard_base(path, model, room, world, spare=data[(0, 0)]) if args.shard else room
 
 
 def make_optimizer(parameters: list, lr: float, beta2: float, weight_decay: float) -> torch.optim.AdamW:
@@ -246,7 +263,7 @@ def start_run(
     repository = SOURCES.get(args.base, (args.base,))[0]  # what PEFT looks for beside the adapter
     return Run(
         folder=run_folder_of(args),
-        settings=settings_of(args, model, data),
+        settings=describe(vars(args), model, data),
         plan=plan_steps(data, args.batch, args.epochs, steps, world),
         steps_per_epoch=steps_per_epoch,
         model=model,
@@ -256,23 +273,6 @@ def start_run(
         save_adapter=partial(save_adapter, model, base=repository),
         world=world,
     )
-
-
-def settings_of(args: argparse.Namespace, model: LLaVA, data: PairData) -> dict:
-    """All that decides the run, for args.json; prints what is trained on what."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
-    weight = model.lm_head.weight
-    print(
-        f"{len(data)} pairs; LoRA r {args.lora_r} on {len(lora_modules(model))} linears, {trained:,} of {total:,} "
-        f"parameters; {weight.device} {str(weight.dtype).removeprefix('torch.')}"
-    )
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    settings["rejected_image"] = data.strategy
-    settings["pairs"] = len(data)
-    settings["data_sha256"] = data.digest()
-    settings["made"] = environment(weight.device)
-    return settings
 
 
 # ---- flags ---------------------------------------------------------------------------------------------------------
@@ -338,6 +338,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     g.add_argument("--resume", action="store_true", help="go on after the last checkpoint of the run in --out")
     g.add_argument("--save-every", type=whole(1), help="steps between checkpoints; else ten minutes and each epoch")
 
+    g.add_argument("--shard", action="store_true", help="under torchrun: the frozen base in pieces over the GPUs")
+
     g = p.add_argument_group("speed (engine/)")
     g.add_argument("--pack", default=cuda, action=yes_no, help="shared-prefix rows without padding")
     g.add_argument("--tokens-per-batch", type=whole(1), help="packed tokens per forward; on CUDA as many as fit")
@@ -351,10 +353,12 @@ def parse_args(argv=None) -> argparse.Namespace:
     args = p.parse_args(argv)
     if args.reference == "cached" and not args.pack:
         p.error("--reference cached keeps the log-probs of packed rows: add --pack")
-    if args.compile and not cuda:
-        p.error("--compile needs a CUDA device")
+    if args.compile and (args.shard or not cuda):
+        p.error("--compile needs a CUDA device, and a base that is not sharded")
+    if args.shard and "RANK" not in os.environ:
+        p.error("--shard needs several processes: torchrun --nproc-per-node N train.py ...")
     args.reference = args.reference or ("cached" if args.pack else "live")
-    args.compile = args.pack and cuda if args.compile is None else args.compile
+    args.compile = args.pack and cuda and not args.shard if args.compile is None else args.compile
     given = sys.argv[1:] if argv is None else list(argv)
     args.command = shlex.join(["python", "train.py", *[word for word in given if word != "--resume"], "--resume"])
     if not args.data and args.base != "toy":  # the paper's own run

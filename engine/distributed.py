@@ -60,6 +60,10 @@ class World:
             for known in self.gather(reference.state()):
                 reference.load(known)
 
+    def any(self, here: bool) -> bool:
+        """Whether something is so on any rank."""
+        return any(self.gather(here))
+
     def agree(self, room):
         """The smallest micro-batch and the most recomputed layers that any rank needs, on all of them."""
         found = self.gather((room.size, room.decoder.checkpointed))

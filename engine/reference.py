@@ -8,6 +8,8 @@ the bit and the first loss is 3 ln 2, in bfloat16 too.
 The numbers belong to one run. They are saved with its checkpoints and no other run reads them.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from engine.packing import Packed, pack, packed_logps
@@ -18,7 +20,9 @@ from losses import Logps
 class CachedReference:
     """`reference(model, packed)` -> Logps, (B,) float32 each, on the model's device."""
 
-    def __init__(self):
+    def __init__(self, any_rank: Callable[[bool], bool] = bool):
+        """any_rank(x): whether x is so on any rank. With a sharded base all ranks score when one has to."""
+        self.any_rank = any_rank
         self.text: dict[int, tuple[float, float]] = {}  # row: log-probs of chosen and rejected
         self.image: dict[tuple[int, int], float] = {}  # row and draw of m_l: log-prob of image_rejected
 
@@ -29,8 +33,8 @@ class CachedReference:
         rows = [e.pair.row for e in packed.examples]
         draws = [(e.pair.row, e.draw) for e in packed.examples]
         with_image = "image_rejected" in packed.which
-        new_text = any(row not in self.text for row in rows)
-        new_image = with_image and any(draw not in self.image for draw in draws)
+        new_text = self.any_rank(any(row not in self.text for row in rows))
+        new_image = self.any_rank(with_image and any(draw not in self.image for draw in draws))
         if new_text or new_image:
             if not new_text:  # a new m_l under known texts: its group alone
                 packed = pack(packed.examples, which=("image_rejected",)).to(device)

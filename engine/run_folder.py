@@ -24,11 +24,12 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import Example
+from data import Example, PairData
 from engine import state
 from engine.distributed import World
 from engine.memory import Room, peak_gib
 from external import files
+from lora import lora_modules
 
 HEADER = f"{'step':>11} |   loss |    dpo    copo   ancpo |  margin   image |  acc |      lr | gnorm | pairs/s |   GiB"
 SAVE_SECONDS = 600  # between checkpoints, where --save-every does not say
@@ -75,6 +76,23 @@ def compare_settings(folder: Path, settings: dict) -> None:
             differ.append(f"{name} was {old.get(name)!r}, now {now.get(name)!r}")
     if differ:
         raise SystemExit(f"{folder}: begun with other settings: {'; '.join(differ)}. Resume with the same command.")
+
+
+def describe(args: dict, model: nn.Module, data: PairData) -> dict:
+    """All that decides a run and made it, for args.json; prints what is trained on what."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    weight = model.lm_head.weight
+    print(
+        f"{len(data)} pairs; LoRA r {args['lora_r']} on {len(lora_modules(model))} linears, {trained:,} of {total:,} "
+        f"parameters; {weight.device} {str(weight.dtype).removeprefix('torch.')}"
+    )
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in args.items()}
+    settings["rejected_image"] = data.strategy
+    settings["pairs"] = len(data)
+    settings["data_sha256"] = data.digest()
+    settings["made"] = environment(weight.device)
+    return settings
 
 
 def environment(device: torch.device) -> dict:

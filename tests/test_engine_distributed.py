@@ -68,11 +68,12 @@ def test_two_processes_give_the_numbers_of_one(tiny_base, pairs_file, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("sharded", [(), ("--shard",)], ids=["replicated", "sharded"])
 @pytest.mark.parametrize("more", [(), PACKED, (*PACKED, "--reference", "live")], ids=["plain", "cached", "live"])
 @pytest.mark.parametrize("processes", [2, 4])
-def test_any_number_of_processes(tiny_base, pairs_file, tmp_path, processes, more):
+def test_any_number_of_processes(tiny_base, pairs_file, tmp_path, processes, more, sharded):
     """With 4 processes and batches of 3 and 2 some ranks have no example at all."""
-    several = run(processes, tiny_base, pairs_file, tmp_path / "several", *more)
+    several = run(processes, tiny_base, pairs_file, tmp_path / "several", *more, *sharded)
     assert_same_numbers(alone(tiny_base, pairs_file, tmp_path / "one", *more), several)
 
 

@@ -149,6 +149,7 @@ def test_learning_rate_by_hand():
     lr = [train.lr_at(step, 10, 0.2, 1.0) for step in range(10)]
     expected = [0, 0.5, 1, 0.9619, 0.8536, 0.6913, 0.5, 0.3087, 0.1464, 0.0381]
     assert all(math.isclose(a, b, abs_tol=1e-4) for a, b in zip(lr, expected, strict=True)), lr
+    assert train.lr_at(0, 1, 0.1, 1.0) == 1.0  # a run of one step
     assert train.lr_at(0, 936, 0.1, 1e-5) == 0 and train.lr_at(94, 936, 0.1, 1e-5) == 1e-5  # ceil(93.6) warm-up steps
 
 
