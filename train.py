@@ -100,7 +100,8 @@ def train(args: argparse.Namespace) -> Path:
     for step, examples, step_size in batches(data, run.plan, run.step, args.workers):
         # 1. learning rate: linear warm-up, then half a cosine
         lr = lr_at(step, run.steps, args.warmup, args.lr)
-        set_lr(optimizer, lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
 
         # 2. gradients, micro-batch by micro-batch
         for micro in room.micro_batches(examples, run.clear):
@@ -133,11 +134,6 @@ def lr_at(step: int, steps: int, warmup: float, peak: float) -> float:
     if step < rising:
         return peak * step / rising
     return peak * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
-
-
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr
 
 
 # ---- how a micro-batch is scored -----------------------------------------------------------------------------------
@@ -205,10 +201,8 @@ def fast_path(model, compiled: bool, reference: str, any_rank: Callable[[bool], 
 def load_base_and_data(args: argparse.Namespace, device: torch.device) -> tuple[LLaVA, PairData]:
     """The frozen base, and the pairs as it reads them. A user's mistake ends here, before anything is written."""
     pairs, problems = read_pairs(args.data, args.image_root)
-    default_dtype = "bfloat16" if device.type == "cuda" else "float32"
-    dtype = getattr(torch, args.dtype or default_dtype)
     place = torch.device("cpu") if args.shard else device  # one GPU need not hold a base that is to be sharded
-    model, folder = load_base(args.base, args.weights, args.vision_weights, dtype, place)
+    model, folder = load_base(args.base, args.weights, args.vision_weights, getattr(torch, args.dtype), place)
     processor = load_processor(folder, model.config)
     if args.bunny_template == "released":
         processor.template = dataclasses.replace(processor.template, response_blank=False)
@@ -240,8 +234,9 @@ def make_room(args: argparse.Namespace, world: distributed.World, path: ScoringP
 
 
 def make_optimizer(parameters: list, lr: float, beta2: float, weight_decay: float) -> torch.optim.AdamW:
-    fused = parameters[0].is_cuda
-    return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, beta2), weight_decay=weight_decay, fused=fused)
+    return torch.optim.AdamW(
+        parameters, lr=lr, betas=(0.9, beta2), weight_decay=weight_decay, fused=parameters[0].is_cuda
+    )
 
 
 def run_folder_of(args: argparse.Namespace) -> Path:
@@ -332,7 +327,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     g.add_argument("--skip-bad", action="store_true", help="leave out rows that cannot be used, instead of stopping")
     g.add_argument("--bunny-template", default="tuned", choices=("tuned", "released"), help="blank before a response")
     g.add_argument("--workers", type=whole(0), default=2, help="processes that prepare pictures")
-    g.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the base; on CUDA bfloat16")
+    dtype = "bfloat16" if cuda else "float32"
+    g.add_argument("--dtype", choices=("float32", "bfloat16"), default=dtype, help="of the base")
     g.add_argument("--micro-batch", type=whole(1), default=1, help="pairs per forward of the plain path")
 
     g.add_argument("--resume", action="store_true", help="go on after the last checkpoint of the run in --out")

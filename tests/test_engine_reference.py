@@ -24,6 +24,11 @@ def world(tiny_base, pairs_file):
     return model, data
 
 
+def packed(*examples):
+    """A micro-batch as the loop makes it, pictures normalised on the way to the device."""
+    return packing.pack(list(examples)).to(torch.device("cpu"))
+
+
 @torch.no_grad()
 def adapter_off(model, batch):
     with lora_disabled(model):
@@ -33,12 +38,12 @@ def adapter_off(model, batch):
 def test_cached_equals_live(world):
     model, data = world
     cached = CachedReference()
-    batch = packing.pack([data[(0, i)] for i in range(4)])
+    batch = packed(*(data[(0, i)] for i in range(4)))
     for _ in range(2):  # scored, then looked up
         for a, b in zip(cached(model, batch), adapter_off(model, batch), strict=True):
             assert torch.equal(a, b)
     # epoch 1 has other crops: texts from the cache, m_l scored in a row of its own
-    batch = packing.pack([data[(1, i)] for i in range(4)])
+    batch = packed(*(data[(1, i)] for i in range(4)))
     for a, b in zip(cached(model, batch), adapter_off(model, batch), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
@@ -49,13 +54,13 @@ def test_each_text_and_each_draw_is_scored_once(world, monkeypatch):
     monkeypatch.setattr(reference, "packed_logps", lambda m, b: calls.append(b.which) or score(m, b))
     cached = CachedReference()
     for epoch in (0, 1, 1):
-        cached(model, packing.pack([data[(epoch, 0)]]))
+        cached(model, packed(data[(epoch, 0)]))
     assert calls == [["chosen", "rejected", "image_rejected"], ["image_rejected"]]  # all, epoch 1's crop, nothing
     data.fresh_every_epoch = False
     calls.clear()
     cached = CachedReference()
     for epoch in (0, 1, 2):
-        cached(model, packing.pack([data[(epoch, 0)]]))
+        cached(model, packed(data[(epoch, 0)]))
     assert calls == [["chosen", "rejected", "image_rejected"]]
 
 
@@ -63,8 +68,8 @@ def test_a_row_beside_unknown_ones_is_looked_up_right(world):
     """Row 2 is known, row 3 is not; each gets its own numbers, in the order of the batch."""
     model, data = world
     cached = CachedReference()
-    cached(model, packing.pack([data[(0, 2)]]))
-    batch = packing.pack([data[(0, 3)], data[(0, 2)]])
+    cached(model, packed(data[(0, 2)]))
+    batch = packed(data[(0, 3)], data[(0, 2)])
     for a, b in zip(cached(model, batch), adapter_off(model, batch), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
@@ -73,5 +78,5 @@ def test_without_m_l_nothing_of_it_is_kept(world):
     model, data = world
     data.strategy = None
     cached = CachedReference()
-    assert cached(model, packing.pack([data[(0, 0)]])).image_rejected is None
+    assert cached(model, packed(data[(0, 0)])).image_rejected is None
     assert len(cached.text) == 1 and not cached.image
