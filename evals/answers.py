@@ -132,12 +132,10 @@ def check_settings(file: Path, beside: Path, old: dict, settings: dict) -> None:
             continue
         shown = name.removesuffix("_sha256")
         was, now = old.get(shown), settings.get(shown)
+        made = f"{shown} {was!r} ({beside.name}), this run has {now!r}"
         if was == now:
-            was, now = f"others ({name} {old.get(name)})", settings.get(name)
-        raise SystemExit(
-            f"{file} was begun with {shown} {was!r} ({beside.name}), this run has {now!r}. Give the same settings, or "
-            "another --out."
-        )
+            made = f"other {shown} under the same name ({name} in {beside.name})"
+        raise SystemExit(f"{file} was begun with {made}. Give the same settings, or another --out.")
 
 
 def read_partial(file: Path, questions: dict[str, dict], settings: dict) -> dict[str, dict]:

@@ -16,6 +16,7 @@ Deviations from the benchmarks
 import argparse
 import base64
 import hashlib
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -59,7 +60,7 @@ def check_question(row: dict, root: Path) -> Path:
         raise BadRow("a field has the name of one that is added to answers", ", ".join(taken))
     bare_question(row["prompt"])
     try:
-        str(row).encode()
+        json.dumps(row, ensure_ascii=False).encode()
         return files.inside(root, row["image"])
     except UnicodeEncodeError:
         raise BadRow("half a surrogate pair, which is no text") from None

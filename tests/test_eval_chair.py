@@ -18,7 +18,8 @@ truck, pickup
 traffic light, stop light
 bird, turkey
 dog, puppy
-bear
+bear, cub
+bowl, plate
 tie, bow, bow tie
 sports ball, ball
 wine glass
@@ -96,6 +97,8 @@ def test_scores_without_any_object_are_none():
         ("passengers of a passenger jet", ["person", "airplane"], ["person", "airplane"]),
         ("A passenger plane", ["person", "airplane"], ["person", "airplane"]),
         ("A baby bird, a baby", ["bird", "person"], ["bird", "person"]),
+        ("baby cub, adult cub", ["bear", "bear"], ["bear", "bear"]),  # a cub's baby is not a person
+        ("A plate on home plate", ["bowl"], ["bowl"]),  # baseball's plate is no plate
         ("A seat near the toilet seat", ["toilet"], ["toilet"]),  # one toilet takes every seat away
         ("A seat", ["chair"], ["chair"]),
         ("Her dog's bow tie; wine glasses", ["dog", "tie", "wine glass"], ["dog", "tie", "wine glass"]),
@@ -140,6 +143,7 @@ def test_unreadable_replies_are_refused(reply):
         ("old bow tie pin", ["tie"]),  # with a known pair, only the pair
         ("turkey sandwich", ["turkey sandwich"]),  # a compound is not its parts
         ("a large bus", ["bus"]),
+        ("white toilet seat", ["toilet"]),
         ("glass of wine", ["glass", "wine"]),
         ("", []),
     ],
@@ -228,13 +232,19 @@ def test_extractor_over_http_and_offline(tmp_path, coco, synonyms):
     rows = [
         {"image_id": 1, "prompt": "What is there?", "answer": "A man with a {dog} and another man."},
         {"image_id": 2, "prompt": "What is there?", "answer": "Just two dogs"},  # three words: not sent
+        {"image_id": 3, "prompt": "What is there?", "answer": "Just one more dog"},  # four: sent
     ]
     path, out = write(tmp_path / "a.jsonl", rows), tmp_path / "r.json"
     common = ["--answers", path, "--protocol", "objhal"]
-    llm = ["--extractor-model", "m"]
-    with serve(["garbage"], lambda body: 'Sure:\n["man", "large dog", "man", "bear"]') as server:
+    llm = ["--extractor-model", "m", "--parallel", "1"]
+
+    def answer(body) -> str:
+        described = body["messages"][0]["content"]
+        return "[]" if "one more dog" in described else 'Sure:\n["man", "large dog", "man", "bear"]'
+
+    with serve(["garbage"], answer) as server:
         result = run(coco, synonyms, out, *common, *llm, "--extractor", server.url)
-        assert len(server.seen) == 2
+        assert len(server.seen) == 3 and "one more dog" in server.seen[2].body["messages"][0]["content"]
         body = server.seen[1].body
     assert (body["model"], body["temperature"], body["top_p"], body["max_tokens"]) == ("m", 0.2, 1, 512)
     (message,) = body["messages"]
@@ -242,7 +252,7 @@ def test_extractor_over_http_and_offline(tmp_path, coco, synonyms):
     assert (
         "<image> What is there?" in message["content"] and "A man with a {dog} and another man." in message["content"]
     )
-    # man, dog, bear of which bear is invented; nothing of the second answer
+    # man, dog, bear of which bear is invented; nothing of the others
     assert result["metrics"]["chair_i"] == 1 / 3 and result["metrics"]["chair_s_refine"] == 1.0
     assert result["protocol"] == "Object HalBench, objects listed by m"
     offline = run(coco, synonyms, out, *common, "--replies", str(tmp_path / "a.replies.json"))

@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import generate
 import lora
@@ -196,3 +198,122 @@ def test_flags_that_do_not_go_together(more, capsys):
     with pytest.raises(SystemExit) as e:
         answers.main(["--base", "x", *more])
     assert e.value.code == 2 and "error: " in capsys.readouterr().err
+
+
+# ---- answers of another model or of other pictures -----------------------------------------------------------------
+
+
+def test_answers_of_another_base_under_the_same_name_are_not_resumed(asked, tiny_base, tmp_path):
+    """One weight of the folder changes, nothing else does; the same folder by another name is the same base."""
+    _, args, out = asked
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    args[1] = str(base)
+    answers.main(args)
+    before = out.read_bytes()
+    shutil.copytree(base, tmp_path / "copy")
+    answers.main([args[0], str(tmp_path / "copy"), *args[2:]])
+    assert out.read_bytes() == before
+    answers.main(args)
+    weights = load_file(base / "model.safetensors")
+    weights[min(weights)].view(-1)[0] += 1
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SystemExit, match="begun with other base under the same name .base_sha256"):
+        answers.main(args)
+    assert out.read_bytes() == before
+
+
+def test_answers_about_replaced_pictures_are_not_resumed(asked, tmp_path):
+    _, args, out = asked
+    answers.main(args)
+    copy = tmp_path / "moved"
+    copy.mkdir()
+    for i in range(3):
+        shutil.copy(tmp_path / f"{i}.png", copy)
+    answers.main([*args, "--image-root", str(copy)])  # the same pictures elsewhere
+    Image.new("RGB", (30, 40), (1, 2, 3)).save(copy / "2.png")
+    with pytest.raises(SystemExit, match="begun with other pictures under the same name"):
+        answers.main([*args, "--image-root", str(copy)])
+
+
+def test_an_adapter_in_bin_answers_too(asked, tiny_base, tmp_path):
+    _, args, out = asked
+    model, _ = checkpoint.load_base(str(tiny_base))
+    for p in lora.add_lora(model, r=4):
+        p.data = torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+    adapter.save_adapter(model, tmp_path / "run", "tiny")
+    answers.main([*args, "--adapter", str(tmp_path / "run")])
+    file = tmp_path / "run" / "adapter_model.safetensors"
+    torch.save(load_file(file), tmp_path / "run" / "adapter_model.bin")
+    file.unlink()
+    args[5] = str(tmp_path / "b.jsonl")
+    answers.main([*args, "--adapter", str(tmp_path / "run")])
+    assert (tmp_path / "b.jsonl").read_bytes() == out.read_bytes()
+
+
+def test_a_first_try_without_an_answer_does_not_block_the_place(asked, monkeypatch):
+    _, args, out = asked
+
+    def out_of_memory(*_):
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(answers, "load_model", out_of_memory)
+        with pytest.raises(MemoryError):
+            answers.main([*args[:-1], "9"])
+    answers.main(args)
+    assert len(read(out)) == 6 and json.loads(out.with_suffix(".settings.json").read_text())["max_new_tokens"] == 6
+
+
+def test_two_equal_answers_are_one_and_two_different_ones_are_refused(asked):
+    """Two processes that were killed at the same --out leave the same row twice."""
+    _, args, out = asked
+    answers.main(args)
+    whole = out.read_text()
+    first = whole.splitlines()[0]
+    out.write_text(whole + first + "\n")
+    answers.main(args)
+    assert out.read_text() == whole
+    other = json.dumps({**json.loads(first), "answer": "another one"})
+    out.write_text(whole + other + "\n")
+    with pytest.raises(SystemExit, match="a.jsonl:7: id 0 is there twice, with two answers"):
+        answers.main(args)
+
+
+@pytest.mark.parametrize("damage", ["unlink", "write_text"])
+def test_a_picture_that_goes_while_others_are_asked_is_named(asked, monkeypatch, damage):
+    rows, args, out = asked
+    real = answers.generate
+
+    def then_it_goes(*a):
+        picture = out.parent / "2.png"
+        picture.unlink() if damage == "unlink" else picture.write_text("no picture")
+        return real(*a)
+
+    monkeypatch.setattr(answers, "generate", then_it_goes)
+    with pytest.raises(SystemExit, match=r"id \d: .*2.png: .*the same command resumes"):
+        answers.main([*args, "--batch", "1"])
+
+
+@pytest.mark.parametrize("more, reason", [
+    (["--out", "/proc/nowhere/a.jsonl"], "/proc/nowhere/a.jsonl: cannot be written"),
+    (["--out", "."], "cannot be written .Is a directory"),
+])  # fmt: skip
+def test_a_place_that_cannot_be_written_is_found_first(asked, monkeypatch, more, reason):
+    _, args, _ = asked
+    for name in ("read_questions", "load_processor", "load_model"):
+        monkeypatch.setattr(answers, name, None)
+    with pytest.raises(SystemExit, match=reason):
+        answers.main([*args, *more])
+
+
+@pytest.mark.parametrize("more", [
+    ["--temperature", "nan"], ["--beams", "1000"], ["--max-new-tokens", "1000000000"], ["--seed", "-1"],
+    ["--top-p", "0"], ["--shard-count", "0"], ["--shard-index", "-1", "--shard-count", "2"], ["--batch-tokens", "-5"],
+])  # fmt: skip
+def test_numbers_out_of_range_end_before_anything_is_loaded(asked, monkeypatch, more, capsys):
+    _, args, out = asked
+    monkeypatch.setattr(answers, "read_questions", None)
+    with pytest.raises(SystemExit) as e:
+        answers.main([*args, *more])
+    assert e.value.code == 2 and "must be a" in capsys.readouterr().err and not out.exists()

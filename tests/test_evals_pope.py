@@ -43,7 +43,20 @@ def test_read_as_no(answer):
 
 
 @pytest.mark.parametrize(
-    "answer", ["Yes", "", "NO", "None", "nothing", "No!", "No\n", "It isn't", "It cannot be", "A dog. There is no cat."]
+    "answer",
+    [
+        "Yes",
+        "",
+        "NO",
+        "Well,no",
+        "None",
+        "nothing",
+        "No!",
+        "No\n",
+        "It isn't",
+        "It cannot be",
+        "A dog. There is no cat.",
+    ],
 )
 def test_read_as_yes(answer):
     assert yes_or_no(answer) == "yes"

@@ -151,12 +151,14 @@ def test_a_folder_of_pictures(tmp_path):
     ({"image": "../a.png"}, "image path leaves the image folder"), ({"image": None}, "no image"),
     ({"image": 3}, "no image"),
     ({"prompt": " "}, "no prompt"), ({"prompt": "<image> and <image>"}, "several <image>"), ({"id": None}, "no id"),
+    ({"prompt": "\ud800"}, "half a surrogate"), ({"image": "loop.png"}, "loop.png"),
     ({"id": "1"}, "this id was there before: .*q.jsonl:1"), ({"answer": "x"}, "name of one that is added.*answer"),
 ])  # fmt: skip
 def test_a_bad_question_stops_before_anything_is_generated(tmp_path, change, reason):
     """The message has file, row, id and reason; a good question beside it does not help."""
     (tmp_path / "a.png").write_bytes(jpeg())
     (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
     good = {"id": 1, "image": "a.png", "prompt": "q"}
     rows = [good, {"id": "x", "image": "a.png", "prompt": "q"} | change]
     (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -183,3 +185,14 @@ def test_a_question_answered_twice_is_named(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"id": 1, "answer": "x"}\n{"id": 1, "answer": "y"}\n')
     with pytest.raises(SystemExit, match="a.jsonl:2: id 1 is there twice"):
         answers.read_partial(tmp_path / "a.jsonl", {"1": {"id": 1}}, {})
+
+
+def test_questions_that_are_there_are_not_replaced_by_others(tmp_path):
+    out = tmp_path / "out" / "q.jsonl"
+    make(tmp_path, "pope", POPE)
+    before = out.read_bytes()
+    questions.main(["pope", str(tmp_path / "official.json"), "--out", str(out)])  # the same ones are no harm
+    (tmp_path / "official.json").write_text(json.dumps(POPE[1]))
+    with pytest.raises(SystemExit, match="q.jsonl: holds other questions already"):
+        questions.main(["pope", str(tmp_path / "official.json"), "--out", str(out)])
+    assert out.read_bytes() == before

@@ -43,6 +43,7 @@ def test_our_answer_wins_over_the_question_text_of_the_label_row(tmp_path):
         (b'{"answer": "a"}\n["b"]\n', "a:2: a row must be a JSON object"),
         (b"\n \n", "a: no rows"),
         (b"[]", "a: no rows"),
+        (b'{"imgToEval": [1, 2]}', "a: no rows"),
         (None, "a: no such file"),
     ],
 )
@@ -102,3 +103,22 @@ def test_compare_is_paired_and_matches_rows_by_id():
 def test_compare_refuses_different_questions():
     with pytest.raises(SystemExit, match=r"2 are in one only: \[2, 3\]"):
         stats.compare(mean_part([1, 2], [0, 0]), mean_part([1, 3], [0, 0]))
+
+
+@pytest.mark.parametrize("cut, warned", [(4, False), (5, True), (10, True)])
+def test_a_result_says_when_most_answers_were_cut_off(cut, warned):
+    """Of ten answers: from half of them on."""
+    ends = ["length"] * cut + ["eos"] * (10 - cut)
+    rows = [{"answer": "a", "n_tokens": 1, "finish": end} for end in ends]
+    result = stats.header("s 1", "p", [], rows)
+    assert ([f"{10 * cut} % of the answers were cut off" in w for w in result["warnings"]] == [True]) is warned
+    assert result["not_comparable"] == result["warnings"]
+
+
+def test_a_result_never_replaces_a_file_that_was_read(tmp_path, capsys):
+    parser = stats.scorer_flags("a scorer", "--answers", "answers", "files")
+    (tmp_path / "r.json").write_text("[]")
+    with pytest.raises(SystemExit) as e:
+        stats.refuse_overwriting(parser, str(tmp_path / "x" / ".." / "r.json"), [None, str(tmp_path / "r.json")])
+    assert e.value.code == 2 and "is read by this command" in capsys.readouterr().err
+    stats.refuse_overwriting(parser, str(tmp_path / "other.json"), [str(tmp_path / "r.json")])

@@ -187,3 +187,13 @@ def test_flags_that_do_not_go_together(more, capsys):
     with pytest.raises(SystemExit) as e:
         generate.main(["--base", "x", *more])
     assert e.value.code == 2 and "error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("question, reason", [
+    ("<image> and <image>", "several <image>"), ("USER: what? ASSISTANT:", "another template"),
+])  # fmt: skip
+def test_a_question_that_cannot_be_asked_ends_before_the_model_is_loaded(tmp_path, monkeypatch, question, reason):
+    Image.new("RGB", (30, 40)).save(tmp_path / "x.png")
+    monkeypatch.setattr(generate, "load_processor", None)
+    with pytest.raises(SystemExit, match=f"--prompt: .*{reason}"):
+        generate.main(["--base", "x", "--image", str(tmp_path / "x.png"), "--prompt", question])
