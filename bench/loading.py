@@ -11,6 +11,7 @@ import time
 
 from data import EpochSampler, PairData, Processor
 from engine.loading import example_loader
+from external.flags import whole
 from external.progress import progress
 from formats.command import data_parser, read_and_examine
 from formats.problems import Examined, usable
@@ -36,9 +37,9 @@ def measure(args: argparse.Namespace, examined: Examined, processor: Processor) 
 
 def main(argv=None) -> None:
     p = data_parser(__doc__.split("\n")[0], base_required=True)
-    p.add_argument("--seed", type=int, default=0, help="order of the pairs, and m_l (default: %(default)s)")
-    p.add_argument("--workers", type=int, default=2, help="processes that prepare pictures (default: %(default)s)")
-    p.add_argument("--pairs", type=int, default=300, help="how many are timed (default: %(default)s)")
+    p.add_argument("--seed", type=whole(0), default=0, help="order of the pairs, and m_l (default: %(default)s)")
+    p.add_argument("--workers", type=whole(0), default=2, help="processes that prepare pictures (default: %(default)s)")
+    p.add_argument("--pairs", type=whole(1), default=300, help="how many are timed (default: %(default)s)")
     args = p.parse_args(argv)
     examined, processor = read_and_examine(args)
     measure(args, examined, processor)

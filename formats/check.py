@@ -68,6 +68,7 @@ def notes(pairs: list[Pair]) -> dict[str, list[Pair]]:
         "identical chosen and rejected": [p for p in pairs if p.chosen == p.rejected],
         "one-word response": [p for p in pairs if 1 in (len(p.chosen.split()), len(p.rejected.split()))],
         "duplicate of an earlier row": duplicates,
+        "with m_w itself as rejected image": [p for p in pairs if p.image and p.image_rejected == p.image],
         "with another template inside the prompt": [p for p in pairs if FOREIGN_TEMPLATE.search(p.prompt)],
     }
 

@@ -10,6 +10,7 @@ import pictures
 from bases import checkpoint
 from bases.tokenizer import load_processor
 from data import MAX_LENGTH, Processor
+from external.flags import whole
 from formats import hub_data
 from formats.problems import Demands, Examined, examine
 from formats.readers import read_pairs
@@ -43,7 +44,7 @@ def data_parser(description: str, base_required: bool) -> argparse.ArgumentParse
     p.add_argument("--rejected-image", type=pictures.strategy, metavar="STRATEGY", help=pictures.STRATEGY_HELP)
     p.add_argument(
         "--max-length",
-        type=int,
+        type=whole(1),
         default=MAX_LENGTH,
         help="prompt + response, image tokens counted (default: %(default)s)",
     )

@@ -68,8 +68,10 @@ def examine(
     if demands.with_image:
         found += problems_of_pictures(to_open, lambda pair: image_problem(pair, strategy))
     found.sort()
-    too_long = [p for p in found if p.reason == TOO_LONG] if demands.cut_long else []
-    found = [p for p in found if p not in too_long] if too_long else found
+    too_long = []
+    if demands.cut_long:
+        too_long = [p for p in found if p.reason == TOO_LONG]
+        found = [p for p in found if p.reason != TOO_LONG]
     return Examined(str(name), demands, pairs, strategy, lengths, found, too_long)
 
 

@@ -147,9 +147,9 @@ def read_fields(columns: dict, layout: Layout) -> Fields:
     """A row's fields, checked: texts are texts, the question is bare, the picture is a path or bytes."""
     try:
         fields = layout.read(columns)
-    except (KeyError, TypeError, AttributeError, ValueError) as e:
-        if isinstance(e, BadRow):
-            raise
+    except BadRow:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as e:
         raise BadRow(NOT_FITTING, f"{type(e).__name__}: {e}") from None
     system = checked_text(columns.get("system") or "", "system").strip()
     if system and fields.system and system != fields.system:

@@ -66,6 +66,8 @@ def file_rows(file: Path, keys_twice: Counter) -> Iterator[tuple[int, dict | Non
         raise SystemExit(f"{file}: a packed file; unpack it first. .json, .jsonl and .parquet are read")
     if suffix not in SUFFIXES:
         raise SystemExit(f"{file}: a {suffix} file; .json, .jsonl and .parquet are read (docs/data.md)")
+    if not file.is_file():  # a pipe would be waited for
+        raise SystemExit(f"{file}: no such file")
     if suffix == ".parquet":
         yield from parquet_rows(file)
     elif suffix == ".json":
@@ -126,6 +128,7 @@ def jsonl_rows(file: Path, keys_twice: Counter) -> Iterator[tuple[int, dict | No
 
 def parquet_rows(file: Path) -> Iterator[tuple[int, dict | None, str]]:
     try:
+        from pyarrow.lib import ArrowException
         from pyarrow.parquet import ParquetFile
     except ImportError:
         raise SystemExit(f"{file}: reading parquet needs pyarrow; run `pip install pyarrow`") from None
@@ -136,7 +139,5 @@ def parquet_rows(file: Path) -> Iterator[tuple[int, dict | None, str]]:
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row, ""
-    except FileNotFoundError:
-        raise SystemExit(f"{file}: no such file.") from None
-    except (OSError, ValueError, NotImplementedError) as e:
+    except (OSError, ValueError, ArithmeticError, ArrowException) as e:
         raise SystemExit(f"{file}: not readable as .parquet, after row {number}: {e}") from None

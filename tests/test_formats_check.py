@@ -178,6 +178,29 @@ def test_other_templates_inside_a_prompt_are_pointed_out(prompt, tmp_path, capsy
     assert f"note: 1 with another template inside the prompt: {tmp_path}/d.json:2:r2\n" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "flags, words",
+    [(["--rows", "-1"], "--rows: -1"), (["--rows", "0"], "--rows: 0"), (["--seed", "-1"], "--seed: -1"),
+     (["--max-length", "0"], "--max-length: 0"), (["--rejected-image", "crop:2-3"], "crop:LOW-HIGH")],
+)  # fmt: skip
+def test_flags_are_refused_before_anything_is_read(flags, words, capsys):
+    with pytest.raises(SystemExit):
+        show.main(["nowhere.json", "--base", "nowhere", *flags])
+    assert words in capsys.readouterr().err
+
+
+def test_a_sheet_that_cannot_be_written_is_said_first(tmp_path):
+    with pytest.raises(SystemExit, match="sheet.png: cannot be written"):
+        (tmp_path / "sheet.png").mkdir()
+        show.main(["nowhere.json", "--base", "nowhere", "--out", str(tmp_path / "sheet.png")])
+
+
+def test_m_w_as_its_own_rejected_image_is_noted(tmp_path, capsys):
+    Image.new("RGB", (9, 9)).save(tmp_path / "ok.png")
+    check.main([write(tmp_path, [row(1, image_rejected="ok.png")])])
+    assert "note: 1 with m_w itself as rejected image" in capsys.readouterr().out
+
+
 def test_check_of_no_pairs_at_all(tmp_path, capsys):
     rating = {"a": {"Rating": "3"}}
     tie = {"img_path": "a", "prompt": "Q?", "completions": [{"response": r, "annotations": rating} for r in "ab"]}

@@ -147,6 +147,10 @@ REFUSED = {
         "message part is neither text nor a picture",
     ),
     "null answer": (LAYOUTS["plain"] | {"rejected": None}, "row does not fit the file's format"),
+    "nested too deeply": (
+        {"image": "a.png", "text": "[" * 200_000},
+        "row does not fit the file's format",
+    ),
     "two pictures": (
         LAYOUTS["TRL"] | {"prompt": [say("user", [{"type": "image", "image": "b.png"}, {"type": "text", "text": Q}])]},
         "a message's picture differs from the image column",
