@@ -310,9 +310,10 @@ class LLaVA(nn.Module):
 
     def image_features(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) prepared pictures -> (B, N, C) what the decoder reads. The tower is frozen, no gradient."""
-        with torch.no_grad():
-            features = self.vision_tower(images.to(self.mm_projector[0].weight.dtype))  # (B, N, Cv)
-        return self.mm_projector(features)  # (B, N, C)
+        with torch.autocast(images.device.type, enabled=False):  # training reads what answering reads
+            with torch.no_grad():
+                features = self.vision_tower(images.to(self.mm_projector[0].weight.dtype))  # (B, N, Cv)
+            return self.mm_projector(features)  # (B, N, C)
 
     def embed(self, input_ids: Tensor, features: Tensor | None) -> Tensor:
         """(B, T) ids, and (M, N, C) features written over the placeholders in reading order -> (B, T, C)."""

@@ -38,7 +38,7 @@ from bases.tokenizer import load_processor
 from data import MAX_LENGTH, Example, PairData, collate
 from engine import distributed
 from engine.batches import batches, plan_steps, workers_watched
-from engine.device import autocast_for, choose_device, compile_blocks
+from engine.device import autocast_for, choose_device, compile_blocks, has_flash
 from engine.memory import Room, find_room
 from engine.run_folder import Run, describe, probe
 from engine.sharding import shard as shard_base
@@ -105,6 +105,7 @@ def train(args: argparse.Namespace) -> Path:
 
         # 2. gradients, micro-batch by micro-batch
         for micro in room.micro_batches(examples, run.clear):
+            policy = r = terms = loss = None  # the last micro-batch's graph: it may be what filled the memory
             with room:
                 batch = path.make_batch(micro).to(device)
                 with path.autocast:
@@ -327,10 +328,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     g.add_argument("--skip-bad", action="store_true", help="leave out rows that cannot be used, instead of stopping")
     g.add_argument("--bunny-template", default="tuned", choices=("tuned", "released"), help="blank before a response")
     g.add_argument("--workers", type=whole(0), default=2, help="processes that prepare pictures")
-    dtype = "bfloat16" if cuda else "float32"
-    g.add_argument("--dtype", choices=("float32", "bfloat16"), default=dtype, help="of the base")
+    g.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if cuda else "float32", help="base's")
     g.add_argument("--micro-batch", type=whole(1), default=1, help="pairs per forward of the plain path")
-
     g.add_argument("--resume", action="store_true", help="go on after the last checkpoint of the run in --out")
     g.add_argument("--save-every", type=whole(1), help="steps between checkpoints; else ten minutes and each epoch")
 
@@ -340,7 +339,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     g.add_argument("--pack", default=cuda, action=yes_no, help="shared-prefix rows without padding")
     g.add_argument("--tokens-per-batch", type=whole(1), help="packed tokens per forward; on CUDA as many as fit")
     g.add_argument("--reference", choices=("live", "cached"), help="reference log-probs; with --pack cached")
-    g.add_argument("--compile", action=yes_no, help="torch.compile the decoder block; on CUDA with --pack")
+    g.add_argument("--compile", action=yes_no, help="torch.compile the decoder block; with --pack, on Ampere or newer")
     g.add_argument("--checkpointing", type=layers, help="recompute none, full or N layers; on CUDA as few as fit")
 
     # the recipe's settings are defaults: a flag that is given wins
@@ -354,7 +353,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     if args.shard and "RANK" not in os.environ:
         p.error("--shard needs several processes: torchrun --nproc-per-node N train.py ...")
     args.reference = args.reference or ("cached" if args.pack else "live")
-    args.compile = args.pack and cuda and not args.shard if args.compile is None else args.compile
+    args.compile = args.pack and has_flash() and not args.shard if args.compile is None else args.compile
     given = sys.argv[1:] if argv is None else list(argv)
     args.command = shlex.join(["python", "train.py", *[word for word in given if word != "--resume"], "--resume"])
     if not args.data and args.base != "toy":  # the paper's own run

@@ -141,8 +141,8 @@ class Setting:
         batch = self.path.make_batch(examples).to(self.device)
         clock.mark("data")
         with self.path.autocast:
-            if clock.on:  # the tower is part of every forward; here once more alone, to know its share
-                self.model.image_features(batch.images)
+            if clock.on and self.pack:  # kept for reference and policy
+                batch.pictures.features(self.model)
                 clock.mark("vision")
             reference = self.path.reference(self.model, batch)
             clock.mark("reference")
@@ -181,7 +181,7 @@ def measure(setting: Setting, passes: int) -> dict:
     setting.one_pass(clock)
     examples, n = [data[(0, i)] for i in range(len(data))], len(data)
     flops = sum(useful_flops(e, setting.model, "cached" if setting.cached else "live") for e in examples)
-    lengths = [packing.tokens_of(e) for e in examples]
+    lengths = [e.tokens() for e in examples]
     return {
         "pairs": n, "packed_tokens_per_pair": [min(lengths), sum(lengths) / n, max(lengths)], "peak_gib": peak,
         "pairs_per_s": n / seconds, "pairs_per_s_3_epochs": 3 * n / (cold + 2 * seconds),

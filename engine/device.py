@@ -23,6 +23,16 @@ def choose_device() -> torch.device:
     return torch.device("cuda")
 
 
+CUDA = torch.device("cuda")
+
+
+def has_flash(device: torch.device = CUDA) -> bool:
+    """Whether flash attention runs there: an Ampere GPU or newer, and a torch that was built with it."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return False
+    return torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def autocast_for(weight: torch.Tensor) -> contextlib.AbstractContextManager:
     """Mixed precision on CUDA where the base's weights are bfloat16; a float32 base computes in float32."""
     if weight.is_cuda and weight.dtype == torch.bfloat16:

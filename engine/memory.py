@@ -9,11 +9,13 @@ import math
 import resource
 import sys
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from data import EpochSampler, Example, PairData
+from external.progress import progress
 
 GIB = 2**30
 CPU_TOKENS = 8192  # packed tokens per row where no trial step decides
@@ -41,31 +43,36 @@ def report(model: nn.Module, parameters: list[nn.Parameter]) -> None:
 # ---- the plan ------------------------------------------------------------------------------------------------------
 
 
-def candidates(layers: int, tokens: int | None, recomputed: int | None) -> list[tuple[int, int]]:
-    """(tokens per packed row, layers recomputed) to try, fastest first; what the user gave is kept."""
-    if tokens is None and recomputed is None:
-        rows = [(16384, 0), (8192, 0), (4096, 0), (2048, 0)]
-        return rows + [(2048, layers // 4), (2048, layers // 2), (2048, layers)]
-    if tokens is None:
-        return [(row, recomputed) for row in (16384, 8192, 4096, 2048)]
-    if recomputed is None:
-        return [(tokens, n) for n in (0, layers // 4, layers // 2, layers)]
-    return [(tokens, recomputed)]
+class Plan(NamedTuple):
+    size: int  # a micro-batch's largest: packed tokens, or examples on the plain path
+    recomputed: int  # decoder layers whose activations are not kept
 
 
-def choose(plans: list[tuple[int, int]], trial: Callable[[int, int], tuple[float, float]]) -> tuple[int, int]:
-    """The first plan whose trial step fits; trial(tokens, recomputed) -> (peak, room) in GiB, an infinite peak when
-    memory ran out. Prints one line of what was tried. SystemExit if nothing fits."""
+def candidates(layers: int, size: int | None, recomputed: int | None) -> list[Plan]:
+    """The plans to try, fastest first; what the user gave is kept."""
+    sizes = (16384, 8192, 4096, 2048) if size is None else (size,)
+    if recomputed is not None:
+        return [Plan(size, min(recomputed, layers)) for size in sizes]
+    kept = [Plan(size, 0) for size in sizes]
+    return kept + [Plan(sizes[-1], n) for n in (layers // 4, layers // 2, layers)]
+
+
+def choose(plans: list[Plan], trial: Callable[[Plan], tuple[float, float]]) -> Plan:
+    """The first plan whose trial step fits; trial(plan) -> (peak, room) in GiB, an infinite peak when memory ran out.
+
+    Prints one line of what was tried. SystemExit if nothing fits.
+    """
     tried = []
-    for tokens, recomputed in plans:
-        peak, room = trial(tokens, recomputed)
-        tried.append(f"{tokens:,} tokens, {recomputed} layers recomputed: {peak:.1f} of {room:.1f} GiB")
+    for plan in plans:
+        peak, room = trial(plan)
+        needed = "more than there is" if peak == math.inf else f"{peak:.1f} GiB"
+        tried.append(f"at most {plan.size:,} with {plan.recomputed} layers recomputed needs {needed} of {room:.1f}")
         if peak <= room:
-            print(f"memory: trial steps on the largest row of the first epoch: {'; '.join(tried)}. Taken: the last.")
-            return tokens, recomputed
+            print(f"memory: the largest micro-batch of the first epoch: {'; '.join(tried)}. The last is taken.")
+            return plan
     raise SystemExit(
-        f"memory: no trial step fits ({'; '.join(tried)}). Give a smaller --tokens-per-batch or --max-length, "
-        "a quantised base, or a larger GPU."
+        f"memory: no trial step fits: {'; '.join(tried)}. Give a smaller --max-length, a quantised base, or a larger "
+        "GPU, or let the plan decide without --tokens-per-batch, --micro-batch and --checkpointing."
     )
 
 
@@ -89,18 +96,22 @@ def trial_step(parameters: list[nn.Parameter], step: Callable[[], None]) -> tupl
     return peak, SHARE * free / GIB
 
 
-def largest_row(data: PairData, split: Callable, size: int, batch: int) -> list[Example]:
-    """The examples of the micro-batch with the most tokens in the first epoch, split as training will split them."""
+def first_epoch(data: PairData, batch: int) -> list[list[Example]]:
+    """The first epoch's steps in the order of training, their pictures not yet loaded."""
     keys = list(EpochSampler(len(data), epochs=1, seed=data.seed))
-    most, largest = 0, []
-    for start in range(0, len(keys), batch):
-        step = {key: data.without_pixels(key) for key in keys[start : start + batch]}
-        key_of = {id(example): key for key, example in step.items()}
-        for micro in split(list(step.values()), size):
-            tokens = sum(len(e.prompt) + len(e.chosen) + len(e.rejected) for e in micro)
-            if tokens > most:
-                most, largest = tokens, [key_of[id(example)] for example in micro]
-    return [data[key] for key in largest]
+    examples = [data.without_pixels(key) for key in progress(keys, "lengths of the first epoch")]
+    return [examples[start : start + batch] for start in range(0, len(examples), batch)]
+
+
+def largest_micro_batch(steps: list[list[Example]], split: Callable, size: int) -> list[Example]:
+    """Of all micro-batches of `steps`, split as training splits them, the one with the most tokens."""
+    micro_batches = [micro for step in steps for micro in split(step, size)]
+    return max(micro_batches, key=lambda micro: sum(example.tokens() for example in micro))
+
+
+def with_pixels(data: PairData, examples: list[Example]) -> list[Example]:
+    index_of = {pair.row: index for index, pair in enumerate(data.pairs)}
+    return [data[(example.draw, index_of[example.pair.row])] for example in examples]
 
 
 def find_room(
@@ -112,23 +123,27 @@ def find_room(
     """
     report(model, parameters)
     decoder, device = model.language_model, model.lm_head.weight.device
-
-    def trial(size: int, recomputed: int) -> tuple[float, float]:
-        decoder.checkpointed = recomputed
-        scored = path.make_batch(largest_row(data, path.split, size, batch)).to(device)
-
-        def step() -> None:
-            with path.autocast:
-                logps = path.score(model, scored)
-                total = sum(value.sum() for value in logps if value is not None)
-            total.backward()
-
-        return trial_step(parameters, step)
-
+    layers = len(decoder.layers)
+    plan = Plan(size or CPU_TOKENS, min(recomputed or 0, layers))
     if device.type == "cuda":
-        size, recomputed = choose(candidates(len(decoder.layers), size, recomputed), trial)
-    decoder.checkpointed = recomputed or 0
-    return Room(decoder, parameters, path.split, size or CPU_TOKENS)
+        steps = first_epoch(data, batch)
+
+        def trial(plan: Plan) -> tuple[float, float]:
+            largest = with_pixels(data, largest_micro_batch(steps, path.split, plan.size))
+            scored = path.make_batch(largest).to(device)
+            decoder.checkpointed = plan.recomputed
+
+            def step() -> None:
+                with path.autocast:
+                    logps = path.score(model, scored)
+                    total = sum(value.sum() for value in logps if value is not None)
+                total.backward()
+
+            return trial_step(parameters, step)
+
+        plan = choose(candidates(layers, size, recomputed), trial)
+    decoder.checkpointed = plan.recomputed
+    return Room(decoder, parameters, path.split, plan.size)
 
 
 # ---- out of memory in mid-run --------------------------------------------------------------------------------------
@@ -137,9 +152,12 @@ def find_room(
 class Room:
     """Repeats a step that runs out of memory, with more layers recomputed, then with smaller micro-batches.
 
-    for micro in room.micro_batches(examples, run.clear):
-        with room:
-            ...forward and backward...
+        for micro in room.micro_batches(examples, run.clear):
+            policy = loss = None
+            with room:
+                ...forward and backward...
+
+    What holds the graph must be let go of before the next attempt: it is what filled the memory.
     """
 
     def __init__(self, decoder: nn.Module, parameters: list, split: Callable, size: int):
@@ -168,7 +186,7 @@ class Room:
         if self.decoder.checkpointed < layers:
             self.decoder.checkpointed = min(layers, max(2 * self.decoder.checkpointed, math.ceil(layers / 4)))
         elif len(micro) > 1:
-            self.size = self.size // 2
+            self.size = max(1, self.size // 2)
         else:
             raise SystemExit(
                 f"out of memory with one example and every layer recomputed: id {micro[0].pair.id}. The adapter that "
@@ -185,6 +203,5 @@ class Room:
     def __exit__(self, kind, error, trace) -> bool:
         if kind is None or not issubclass(kind, torch.OutOfMemoryError):
             return False
-        error.__traceback__ = None  # it holds the graph that filled the memory
         self.failed = True
         return True

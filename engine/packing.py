@@ -19,6 +19,7 @@ paper's size instead of 2,310, and no padding; measured gains stand in docs/resu
 on CUDA one call of torch's varlen_attn per layer, elsewhere one SDPA call per span.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from data import Example, normalised
 from engine import head
+from engine.device import has_flash
 from losses import Logps
 from model import causal
 from pictures import ImageSpec
@@ -70,26 +72,48 @@ def groups(example: Example, which=TRIPLES) -> list[Group]:
     return found
 
 
+class Pictures:
+    """The M pictures of a row, in reading order, and what the tower makes of them: once, as it is frozen."""
+
+    def __init__(self, images: list[Tensor], spec: ImageSpec | None, features: Tensor | None = None):
+        """images (3, S, S) each, levels 0-255 if there is a spec. features (M, N, C): where they are known already."""
+        self.images = images
+        self.spec = spec
+        self.known = features
+
+    def to(self, device: torch.device) -> "Pictures":
+        """One by one, each from the pinned memory it was prepared in; a stack of them would not be pinned."""
+        return Pictures([normalised(image, self.spec, device) for image in self.images], None, self.known)
+
+    def features(self, model) -> Tensor | None:
+        """(M, N, C) for policy and reference alike; None where there are no pictures."""
+        if self.known is None and self.images:
+            self.known = model.image_features(torch.stack(self.images))  # (M, 3, S, S) -> (M, N, C)
+        return self.known
+
+    def every_second(self, model) -> "Pictures":
+        """Those of m_l alone, where each example has brought m_w and m_l."""
+        return Pictures(self.images[1::2], self.spec, self.features(model)[1::2])
+
+
 class Packed(NamedTuple):
     """A micro-batch as one row of T tokens with S response tokens and M pictures."""
 
     input_ids: Tensor  # (1, T)
     positions: Tensor  # (1, T), a response's start where its prompt ended
-    images: Tensor | None  # (M, 3, S, S) in reading order
+    pictures: Pictures
     predict_from: Tensor  # (S,) the position that predicts each response token
     targets: Tensor  # (S,) the response tokens
     owner: Tensor  # (S,) which log-prob a token belongs to: triple * B + example
     spans: list[Span]
     which: list[str]  # the triples in it
     examples: list[Example]  # B of them
-    spec: ImageSpec | None  # of pictures that are still levels 0-255
 
     def to(self, device: torch.device) -> "Packed":
         return self._replace(
             input_ids=self.input_ids.to(device, non_blocking=True),
             positions=self.positions.to(device, non_blocking=True),
-            images=normalised(self.images, self.spec, device),
-            spec=None,
+            pictures=self.pictures.to(device),
             predict_from=self.predict_from.to(device, non_blocking=True),
             targets=self.targets.to(device, non_blocking=True),
             owner=self.owner.to(device, non_blocking=True),
@@ -138,35 +162,35 @@ def pack(examples: list[Example], which=TRIPLES) -> Packed:
     return Packed(
         input_ids=torch.cat(ids)[None],  # (T,) -> (1, T)
         positions=torch.cat(positions)[None],  # (T,) -> (1, T)
-        images=torch.stack(images) if images else None,  # (M, 3, S, S)
+        pictures=Pictures(images, examples[0].spec),
         predict_from=torch.cat(predict_from),  # (S,)
         targets=torch.cat(targets),  # (S,)
         owner=torch.cat(owner),  # (S,)
         spans=spans,
         which=[triple for group in groups(examples[0], which) for triple in group.triples],
         examples=examples,
-        spec=examples[0].spec,
     )
 
 
-def tokens_of(example: Example, which=TRIPLES) -> int:
-    """How many tokens an example takes in a packed row."""
-    return sum(len(example.prompt) + sum(map(len, group.responses)) for group in groups(example, which))
-
-
 def split_by_tokens(examples: list[Example], budget: int) -> list[list[Example]]:
-    """Micro-batches of at most `budget` packed tokens, or of one example that is longer: first fit, longest first."""
-    rows: list[list[Example]] = []
-    room: list[int] = []
-    for example in sorted(examples, key=tokens_of, reverse=True):
-        size = tokens_of(example)
-        fits = [i for i, left in enumerate(room) if size <= left]
-        if fits:
-            rows[fits[0]].append(example)
-            room[fits[0]] -= size
-        else:
-            rows.append([example])
-            room.append(budget - size)
+    """Few micro-batches of even length, each of at most `budget` packed tokens or of one example that is longer."""
+    total = sum(example.tokens() for example in examples)
+    n = math.ceil(total / budget)  # no fewer can hold them
+    while True:
+        rows = even_rows(examples, min(n, len(examples)))
+        if all(len(row) == 1 or sum(example.tokens() for example in row) <= budget for row in rows):
+            return rows
+        n += 1  # ends at one example a row
+
+
+def even_rows(examples: list[Example], n: int) -> list[list[Example]]:
+    """n rows: the longest example that is left goes to the shortest row."""
+    rows: list[list[Example]] = [[] for _ in range(n)]
+    lengths = [0] * n
+    for example in sorted(examples, key=Example.tokens, reverse=True):
+        shortest = lengths.index(min(lengths))
+        rows[shortest].append(example)
+        lengths[shortest] += example.tokens()
     return rows
 
 
@@ -176,7 +200,8 @@ def split_by_tokens(examples: list[Example], budget: int) -> list[list[Example]]
 def packed_logps(model, packed: Packed) -> Logps:
     """The Logps of a packed micro-batch, (B,) float32 each; a triple that is not in it is None."""
     attend = attention(packed, model)
-    hidden = model.hidden(packed.input_ids, packed.images, packed.positions, attend)  # (1, T, C)
+    x = model.embed(packed.input_ids, packed.pictures.features(model))  # (1, T, C)
+    hidden = model.language_model(x, packed.positions, attend)  # (1, T, C)
     scored = hidden[0, packed.predict_from]  # (1, T, C) -> (S, C)
     token_logps = head.token_logps(scored, model.lm_head.weight, packed.targets)  # (S,)
     B = len(packed.examples)
@@ -187,24 +212,27 @@ def packed_logps(model, packed: Packed) -> Logps:
 
 
 def attention(packed: Packed, model) -> "SpanAttention | VarlenAttention":
-    half = model.lm_head.weight.dtype != torch.float32 or torch.is_autocast_enabled("cuda")
-    if packed.input_ids.is_cuda and half:
-        return VarlenAttention(packed.spans, packed.input_ids.device)
-    return SpanAttention(packed.spans)
+    """Flash for all spans at once where the GPU and this torch have it, else one call per span."""
+    device, dtype = packed.input_ids.device, model.lm_head.weight.dtype
+    if dtype != torch.float32 and has_flash(device):
+        return VarlenAttention(packed.spans, device)
+    return SpanAttention(packed.spans, dtype, device)
 
 
 class SpanAttention:
     """One SDPA call per span; any device and dtype."""
 
-    def __init__(self, spans: list[Span]):
-        self.spans, self.masks = spans, {}
+    def __init__(self, spans: list[Span], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"):
+        """Masks are made here, once for all layers: a compiled layer must find the same ones when it recomputes."""
+        self.spans = spans
+        self.masks = [span_mask(s, dtype, device) if s.prefix_length else None for s in spans]
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (1, H, T, D), k and v (1, Hkv, T, D) -> (1, H, T, D)."""
         out = []
-        for s in self.spans:
+        for s, mask in zip(self.spans, self.masks, strict=True):
             own = slice(s.start, s.end)
-            if s.prefix_length == 0:
+            if mask is None:
                 out.append(causal(q[:, :, own], k[:, :, own], v[:, :, own]))  # (1, H, R, D)
                 continue
             seen = slice(s.prefix, s.end)  # a view: cheaper than copies of the prompt's keys and values
@@ -213,30 +241,29 @@ class SpanAttention:
                     q[:, :, own],
                     k[:, :, seen],
                     v[:, :, seen],
-                    attn_mask=self.mask(s, q),
+                    attn_mask=mask,
                     enable_gqa=q.shape[1] != k.shape[1],
                 )
             )  # (1, H, R, D)
         # spans lie end to end; joined as (1, T, H, D), the layout in which the heads of a token are neighbours
         return torch.cat([o.transpose(1, 2) for o in out], dim=1).transpose(1, 2)  # (1, H, T, D)
 
-    def mask(self, s: Span, q: Tensor) -> Tensor:
-        """(R, K) over the keys from the prefix's first to the span's last: 0 where seen, -inf elsewhere.
 
-        A prompt of 2 tokens, y_w of 1, y_l of 3 queries (. is -inf). Kept, since all layers use the same one.
+def span_mask(s: Span, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """(R, K) over the keys from the prefix's first to the span's last: 0 where seen, -inf elsewhere.
 
-                 p0  p1  y_w  y_l0  y_l1  y_l2
-            y_l0  0   0    .     0     .     .
-            y_l1  0   0    .     0     0     .
-            y_l2  0   0    .     0     0     0
-        """
-        if s not in self.masks:
-            before = s.start - s.prefix  # keys before the span's own: prompt and the other response
-            mask = torch.full((s.length, before + s.length), -torch.inf, dtype=q.dtype, device=q.device)  # (R, K)
-            mask = mask.triu(before + 1)  # query i sees keys up to before + i: bottom-right, SDPA's own is top-left
-            mask[:, s.prefix_length : before] = -torch.inf  # the other response
-            self.masks[s] = mask
-        return self.masks[s]
+    A prompt of 2 tokens, y_w of 1, y_l of 3 queries (. is -inf):
+
+             p0  p1  y_w  y_l0  y_l1  y_l2
+        y_l0  0   0    .     0     .     .
+        y_l1  0   0    .     0     0     .
+        y_l2  0   0    .     0     0     0
+    """
+    before = s.start - s.prefix  # keys before the span's own: prompt and the other response
+    mask = torch.full((s.length, before + s.length), -torch.inf, dtype=dtype, device=device)  # (R, K)
+    mask = mask.triu(before + 1)  # query i sees keys up to before + i: bottom-right, SDPA's own is top-left
+    mask[:, s.prefix_length : before] = -torch.inf  # the other response
+    return mask
 
 
 class VarlenAttention:
@@ -250,11 +277,7 @@ class VarlenAttention:
     def __init__(self, spans: list[Span], device: torch.device):
         q_lengths = [s.length for s in spans]
         k_lengths = [s.prefix_length + s.length for s in spans]
-        seen = []
-        for s in spans:
-            seen.append(torch.arange(s.prefix, s.prefix + s.prefix_length))
-            seen.append(torch.arange(s.start, s.end))
-        self.index = torch.cat(seen).to(device)  # (T_k,)
+        self.keys = KeyOrder(spans, device)
         # two tensors even where they are equal: given one for both, torch may take cuDNN, which aligns it top-left
         self.cu_q = torch.tensor([0, *q_lengths]).cumsum(0).to(device, torch.int32)  # (n + 1,)
         self.cu_k = torch.tensor([0, *k_lengths]).cumsum(0).to(device, torch.int32)  # (n + 1,)
@@ -274,7 +297,61 @@ class VarlenAttention:
             k = k.repeat_interleave(repeats, dim=1)  # (1, Hkv, T, D) -> (1, H, T, D)
             v = v.repeat_interleave(repeats, dim=1)
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (1, H, T, D) -> (T, H, D)
-        k = k.index_select(0, self.index)  # (T, H, D) -> (T_k, H, D)
-        v = v.index_select(0, self.index)
+        k = self.keys.gather(k)  # (T, H, D) -> (T_k, H, D)
+        v = self.keys.gather(v)
         # window (-1, 0) is causal; with unequal lengths flash aligns it bottom-right, as the spans need it
         return (q, k, v, self.cu_q, self.cu_k, self.max_q, self.max_k), {"window_size": (-1, 0)}
+
+
+class KeyOrder:
+    """Which token each place of varlen's keys holds, and at which places each token stands.
+
+    A prompt of 2 tokens, y_w of 1, y_l of 2: the spans (0 ... 2) and (3 ... 4 after 0 ... 1) read seven keys.
+
+        place   0   1   2    3   4   5    6
+        token   p0  p1  y_w  p0  p1  y_l0 y_l1      index = 0 1 2 0 1 3 4
+
+        token   p0  p1  y_w  y_l0 y_l1
+        own     0   1   2    5    6                 in its own span
+        again   3   4   2    5    6                 as a prefix; where it is nobody's, its own place once more
+    """
+
+    def __init__(self, spans: list[Span], device: torch.device):
+        index = []
+        own = torch.empty(spans[-1].end, dtype=torch.long)  # (T,) spans lie end to end
+        prefixes = []
+        place = 0
+        for s in spans:
+            index.append(torch.arange(s.prefix, s.prefix + s.prefix_length))
+            index.append(torch.arange(s.start, s.end))
+            prefixes.append((s, place))
+            place += s.prefix_length
+            own[s.start : s.end] = torch.arange(place, place + s.length)
+            place += s.length
+        again = own.clone()  # (T,)
+        for s, place in prefixes:
+            prefix = slice(s.prefix, s.prefix + s.prefix_length)
+            assert torch.equal(again[prefix], own[prefix]), f"{s}: its prefix is another span's too"
+            again[prefix] = torch.arange(place, place + s.prefix_length)
+        self.index = torch.cat(index).to(device)  # (T_k,)
+        self.own, self.again = own.to(device), again.to(device)  # (T,) both
+
+    def gather(self, x: Tensor) -> Tensor:
+        """(T, H, D) -> (T_k, H, D)."""
+        return GatherKeys.apply(x, self.index, self.own, self.again)
+
+
+class GatherKeys(torch.autograd.Function):
+    """x.index_select(0, index). Its own backward adds with atomics; a token has two places at most, so two reads do."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, index: Tensor, own: Tensor, again: Tensor) -> Tensor:
+        ctx.save_for_backward(own, again)
+        return x.index_select(0, index)  # (T, H, D) -> (T_k, H, D)
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        own, again = ctx.saved_tensors
+        shared = (own != again)[:, None, None]  # (T, 1, 1)
+        second = torch.where(shared, upstream.index_select(0, again), 0)  # (T, H, D)
+        return upstream.index_select(0, own) + second, None, None, None  # (T_k, H, D) -> (T, H, D)

@@ -37,7 +37,8 @@ class CachedReference:
         new_image = self.any_rank(with_image and any(draw not in self.image for draw in draws))
         if new_text or new_image:
             if not new_text:  # a new m_l under known texts: its group alone
-                packed = pack(packed.examples, which=("image_rejected",)).to(device)
+                alone = pack(packed.examples, which=("image_rejected",)).to(device)
+                packed = alone._replace(pictures=packed.pictures.every_second(model))
             with lora_disabled(model):
                 scored = packed_logps(model, packed)
             if new_text:

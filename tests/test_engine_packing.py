@@ -1,6 +1,7 @@
 """Fast paths against their plain twins: values and gradients, float32 on a CPU, and the traps of shared prefixes."""
 
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from bases.checkpoint import load_model
 from bases.tokenizer import load_tokenizer
 from data import PairData, Processor, collate
 from engine import head, packing
+from engine.device import has_flash
 from engine.packing import Span
 from engine.reference import CachedReference
 from formats.readers import read_pairs
@@ -102,8 +104,8 @@ def test_layout_by_hand(world):
     assert packed.spans == [Span(0, P + w), Span(P + w, l, 0, P), Span(second, P + w)]
     assert packed.targets.tolist() == [*e.chosen.tolist(), *e.rejected.tolist(), *e.chosen.tolist()]
     assert packed.owner.tolist() == [0] * w + [1] * l + [2] * w
-    assert len(packed.images) == 2  # the tower sees each picture once
-    assert torch.equal(packed.images[0], e.image) and torch.equal(packed.images[1], e.image_rejected)
+    m_w, m_l = packed.pictures.images  # the tower sees each picture once
+    assert torch.equal(m_w, e.image) and torch.equal(m_l, e.image_rejected)
 
 
 def test_span_attention_is_bottom_right_causal():
@@ -200,12 +202,75 @@ def test_fused_logps_of_a_bfloat16_head_are_float32():
 def test_split_keeps_every_example_once_and_the_budget(world):
     _, data, _ = world
     examples = [data[(0, i % 5)] for i in range(12)]
-    longest = max(packing.tokens_of(e) for e in examples)
+    longest = max(e.tokens() for e in examples)
     rows = packing.split_by_tokens(examples, budget=2 * longest)
     assert sorted(id(e) for row in rows for e in row) == sorted(id(e) for e in examples)
     assert all(packing.pack(row).input_ids.shape[1] <= 2 * longest for row in rows)
     assert len(rows) < 12
+    lengths = [sum(e.tokens() for e in row) for row in rows]
+    assert min(lengths) > 0.8 * max(lengths)  # no small row is left at the end
     assert [len(row) for row in packing.split_by_tokens(examples, budget=1)] == [1] * 12  # too long: alone, never cut
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gathered_keys_have_the_values_and_gradients_of_index_select(dtype):
+    """To the bit: a token's two gradients meet in one addition in either."""
+    spans = [Span(0, 5), Span(5, 3, prefix=0, prefix_length=2), Span(8, 4), Span(12, 6, prefix=8, prefix_length=4)]
+    keys = packing.KeyOrder(spans, torch.device("cpu"))
+    assert keys.index.tolist() == [*range(5), 0, 1, 5, 6, 7, *range(8, 12), 8, 9, 10, 11, *range(12, 18)]
+    torch.manual_seed(0)
+    x = torch.randn(18, 2, 4, dtype=dtype, requires_grad=True)
+    upstream = torch.randn(24, 2, 4, dtype=dtype)
+    plain, fast = x.index_select(0, keys.index), keys.gather(x)
+    assert torch.equal(plain, fast)
+    (a,), (b,) = (torch.autograd.grad(y, x, upstream) for y in (plain, fast))
+    assert torch.equal(a, b)
+
+
+def test_a_prefix_of_two_other_spans_is_refused():
+    """y_l and a third response after one prompt: its tokens would have three places."""
+    with pytest.raises(AssertionError, match="another span's too"):
+        packing.KeyOrder([Span(0, 3), Span(3, 1, 0, 2), Span(4, 1, 0, 2)], torch.device("cpu"))
+
+
+@pytest.mark.parametrize("capability, built, kind", [
+    ((9, 0), True, packing.VarlenAttention),
+    ((8, 0), True, packing.VarlenAttention),
+    ((7, 5), True, packing.SpanAttention),  # Turing
+    ((9, 0), False, packing.SpanAttention),  # a torch without flash
+])  # fmt: skip
+def test_flash_only_where_the_gpu_and_torch_have_it(capability, built, kind, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: built)
+    assert has_flash(torch.device("cuda")) == (kind is packing.VarlenAttention)
+    assert not has_flash(torch.device("cpu"))
+    expected = [kind, packing.SpanAttention]  # float32 never takes flash
+    chosen = []
+    for attention in (packing.VarlenAttention, packing.SpanAttention):
+        monkeypatch.setattr(packing, attention.__name__, lambda *_, attention=attention: chosen.append(attention))
+    row = SimpleNamespace(input_ids=SimpleNamespace(device=torch.device("cuda")), spans=[Span(0, 4)])
+    for dtype in (torch.bfloat16, torch.float32):
+        packing.attention(row, SimpleNamespace(lm_head=torch.nn.Linear(1, 1, dtype=dtype)))
+    assert chosen == expected
+
+
+def test_the_tower_runs_once_for_reference_and_policy(world, monkeypatch):
+    """On the row's four pictures in epoch 0; in epoch 1, where m_l alone is scored, still once."""
+    model, data, _ = world
+    seen = []
+    tower = type(model.vision_tower).forward
+    monkeypatch.setattr(type(model.vision_tower), "forward", lambda t, x: seen.append(len(x)) or tower(t, x))
+    cached = CachedReference()
+    for epoch in (0, 1):
+        seen.clear()
+        row = packing.pack([data[(epoch, 0)], data[(epoch, 1)]])
+        reference = cached(model, row)
+        packing.packed_logps(model, row)
+        assert seen == [4]
+    with torch.no_grad(), lora_disabled(model):
+        expected = packing.packed_logps(model, packing.pack([data[(1, 0)], data[(1, 1)]]))
+    torch.testing.assert_close(reference.image_rejected, expected.image_rejected, rtol=1e-5, atol=1e-5)
 
 
 def test_compiled_block_compiles_at_most_three_times(world, monkeypatch):
