@@ -69,12 +69,23 @@ def results(run: Path) -> dict[str, dict]:
     return found
 
 
-def cell(found: dict[str, dict], column: Column) -> str:
+def cell(found: dict[str, dict], column: Column, footnotes: dict[str, str]) -> str:
+    """A number, with the marks of what keeps it from being put beside the paper's: "35.7 (a)"."""
     result = found.get(column.file)
     if result is None or result["protocol"] == "CHAIR 2018":  # another benchmark: its own captions, words, denominator
         return "-"
     value = result["metrics"].get(column.metric)
-    return "-" if value is None else f"{value * column.factor:.{column.decimals}f}"
+    if value is None:
+        return "-"
+    marks = [footnotes.setdefault(reason, letters(len(footnotes))) for reason in result.get("not_comparable", [])]
+    shown = f"{value * column.factor:.{column.decimals}f}"
+    return f"{shown} ({', '.join(marks)})" if marks else shown
+
+
+def letters(number: int) -> str:
+    """0, 1, ... -> a, b, ..., z, aa, ab, ..."""
+    before = letters(number // 26 - 1) if number >= 26 else ""
+    return before + chr(ord("a") + number % 26)
 
 
 def how_made(generation: dict | None) -> str:
@@ -98,13 +109,15 @@ def notes(run: Path, found: dict[str, dict]) -> list[str]:
 def table(runs: list[Path]) -> str:
     rows = [["run", *(column.heading for column in COLUMNS)]]
     below = []
+    footnotes = {}  # reason -> mark
     for run in runs:
         found = results(run)
-        rows.append([str(run), *(cell(found, column) for column in COLUMNS)])
+        rows.append([str(run), *(cell(found, column, footnotes) for column in COLUMNS)])
         below += [f"- {note}" for note in notes(run, found)]
     for name, numbers in PAPER:
         rows.append([f"{name} (the paper's)", *numbers.split(), "-", "-"])  # it does not report POPE
-    return markdown(rows) + "\n\n" + "".join(f"{line}\n" for line in below)
+    marked = [f"({mark}) not comparable with the paper's: {reason}" for reason, mark in footnotes.items()]
+    return markdown(rows) + "\n\n" + "".join(f"{line}\n" for line in marked + below)
 
 
 def markdown(rows: list[list[str]]) -> str:

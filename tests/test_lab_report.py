@@ -58,6 +58,19 @@ def test_another_benchmark_is_not_put_into_the_column(tmp_path):
     assert f"- {run_warned}, eval_amber.json: warning: 3 rows, not 1004" in text
 
 
+def test_a_number_that_does_not_compare_is_marked_in_its_cell(tmp_path):
+    """A copied row keeps its marks; equal reasons share one."""
+    cut, judge = "60 rows, the official set has 300", "judge m: published scores are gpt-4's"
+    one = result("AMBER generative", 60, chair=4.4, cover=52.4) | {"warnings": [cut], "not_comparable": [cut]}
+    two = result("MMHal-Bench, judge m", 96, score=2.0) | {"warnings": [judge, cut], "not_comparable": [judge, cut]}
+    runs = [write_run(tmp_path / "a", amber=one), write_run(tmp_path / "b", amber=one, mmhal=two)]
+    text = report.table(runs)
+    assert row_of(text, str(runs[0]))[4:7] == ["4.4 (a)", "52.4 (a)", "-"]
+    assert row_of(text, str(runs[1]))[:6] == ["2.00 (b, a)", "-", "-", "-", "4.4 (a)", "52.4 (a)"]
+    assert f"(a) not comparable with the paper's: {cut}\n(b) not comparable with the paper's: {judge}\n" in text
+    assert [report.letters(i) for i in (0, 25, 26, 52)] == ["a", "z", "aa", "ba"]
+
+
 def test_results_that_cannot_be_shown_are_errors(tmp_path):
     run = write_run(tmp_path / "a", pope={"a": {}, "b": {}, "compare": {}})
     with pytest.raises(SystemExit, match="eval_pope.json: not the result of one answer file"):
@@ -76,7 +89,10 @@ def test_a_scorers_own_file_is_read(tmp_path):
     files = [str(tmp_path / "answers.jsonl"), "--labels", str(tmp_path / "labels.jsonl")]
     pope.main(["--answers", *files, "--json", str(run / "eval_pope.json")])
     # 3 of 4 are right; P = 2/3, R = 1, F1 = 2 (2/3) / (5/3) = 0.8
-    assert row_of(report.table([run]), str(run))[-2:] == ["75.0", "80.0"]
+    assert row_of(report.table([run]), str(run))[-2:] == [
+        "75.0 (a)",
+        "80.0 (a)",
+    ]  # marked: no published version of the labels
 
 
 # ---- curves --------------------------------------------------------------------------------------------------------
