@@ -288,14 +288,17 @@ def is_done(ranked: list[Ended], beams: int, best_open: float) -> bool:
 # ---- command line --------------------------------------------------------------------------------------------------
 
 
-def add_flags(p: argparse.ArgumentParser) -> None:
-    """The flags of every command that answers questions: which model, and how it decodes."""
+def add_model_flags(p: argparse.ArgumentParser) -> None:
+    """Which model, for every command that answers questions."""
     p.add_argument("--base", required=True, help=f"{', '.join(checkpoint.SOURCES)}, or a checkpoint folder")
     p.add_argument("--weights", type=Path, help="folder of the base's checkpoint, instead of the hub's cache")
     p.add_argument("--vision-weights", type=Path, help="CLIP or SigLIP folder, for layouts without the vision tower")
     p.add_argument("--adapter", type=Path, help="run folder, or any PEFT LoRA folder")
     p.add_argument("--image-mode", choices=("pad", "crop"), default="pad", help="crop is what the hub's processor does")
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default bfloat16 on CUDA, else float32")
+
+
+def add_decoding_flags(p: argparse.ArgumentParser) -> None:
     probability = number(0, 1, above=True)
     p.add_argument("--beams", type=whole(1, 64), default=1, help="3 for Object HalBench as published (default 1)")
     p.add_argument("--temperature", type=number(0), default=0.0, help="default 0: greedy")
@@ -305,7 +308,7 @@ def add_flags(p: argparse.ArgumentParser) -> None:
 
 
 def parse_flags(p: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
-    """The parsed flags of `add_flags` and others, with the device and the dtype that are meant."""
+    """The parsed flags of both and others, with the device and the dtype that are meant."""
     args = p.parse_args(argv)
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
@@ -357,17 +360,7 @@ def answer_one(args: argparse.Namespace) -> None:
     prompt = torch.tensor(processor.prompt_ids(question))  # (T,)
     picture = processor.prepare(pictures.open_image(args.image))[None]  # (1, 3, S, S)
     own = own_generator(args.seed, "")
-    [ids] = generate(
-        model,
-        [prompt],
-        picture,
-        args.max_new_tokens,
-        args.temperature,
-        own,
-        args.top_p,
-        args.beams,
-        on_token=show,
-    )
+    [ids] = generate(model, [prompt], picture, args.max_new_tokens, args.temperature, own, args.top_p, args.beams, show)
     print(processor.decode(ids)[len(shown) :])
 
 
@@ -375,7 +368,8 @@ def main(argv: list[str] | None = None) -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--image", type=Path, required=True, help="a picture")
     p.add_argument("--prompt", required=True, help="a question about it; the answer is printed")
-    add_flags(p)
+    add_model_flags(p)
+    add_decoding_flags(p)
     answer_one(parse_flags(p, argv))
 
 

@@ -6,7 +6,7 @@ are percentages rounded to one decimal as the official script prints them; its 0
 
 Deviations:
 1. Similar words: the original asks spaCy's en_core_web_lg (cosine > 0.8). Here the similar pairs come from a file made
-   with it once, or `exact` counts equal words only; the result names which.
+   with it once (evals.similarity), or `exact` counts equal words only; the result names which.
 2. The lemmatizer is a table of what WordNet answers on every word that touches AMBER's vocabulary.
 3. The tagger is nltk's own (`--tagger DIR`); `--no-tagger` takes every word for a noun, which is for smoke tests.
 4. An answer file must hold every id of the kinds it answers, unless `--partial` is given.
@@ -27,6 +27,7 @@ from external import files
 
 SCORER = "evals.amber 1"
 WORD = re.compile(r"[A-Za-z0-9]+(?:[-./'][A-Za-z0-9]+)*(?<!'s)|'[A-Za-z]+|[^\sA-Za-z0-9]")
+PUBLISHED_MODEL = "en_core_web_lg"  # spaCy's, whose similarity AMBER's script asks
 ATTRIBUTES = ("state", "number", "action")
 
 
@@ -62,14 +63,25 @@ def every_word(text: str) -> list[str]:
 
 
 def load_similarity(source: str) -> Callable[[str, str], bool]:
-    """`exact`, or a JSON list of [a, b] whose en_core_web_lg similarity is above 0.8."""
+    """`exact`, or the file of evals.similarity: pairs [a, b] whose similarity is above 0.8 (or a bare list of them)."""
     if source == "exact":
-        return lambda a, b: a == b
-    pairs = files.read_json(source)
+        return operator.eq
+    found = files.read_json(source)
+    pairs = found.get("pairs") if isinstance(found, dict) else found
     if not isinstance(pairs, list) or not all(isinstance(p, list) and len(p) == 2 for p in pairs):
         raise SystemExit(f'{source}: must be a JSON list of pairs, such as [["sofa", "couch"]].')
     similar = {frozenset(pair) for pair in pairs}
     return lambda a, b: a == b or frozenset((a, b)) in similar
+
+
+def similarity_source(source: str) -> dict:
+    """What the similar words are from, for the result; `model` is None where the file does not say."""
+    if source == "exact":
+        return {"source": "exact", "model": None}
+    found = files.read_json(source)
+    made_with = found.get("made_with", {}) if isinstance(found, dict) else {}
+    digest = files.sha256(Path(source).read_bytes())
+    return {"source": source, "sha256": digest, "model": made_with.get("model"), "version": made_with.get("version")}
 
 
 def load_data(folder: str) -> tuple[list[dict], dict[str, list[str]], set[str]]:
@@ -255,10 +267,14 @@ def score(paths: list[str], data: tuple, nouns_of: Callable | None, similar: Cal
             counts.append(score_nouns(nouns, truth[key], relation, safe, similar))
         parts.append(Part(described, counts, generative_metrics))
         result["metrics"] = generative_table(stats.sums(counts))
-        result |= {"similarity": args.similarity, "nouns": args.tagger or "every word (--no-tagger)"}
+        words = similarity_source(args.similarity)
+        result |= {"similarity": words, "nouns": args.tagger or "every word (--no-tagger)"}
         result["rows"] = [{"id": key, **count} for key, count in zip(described, counts, strict=True)]
         if args.no_tagger or args.similarity == "exact":
             reason = "no tagger or exact words: not comparable with published CHAIR, Cover, Hal, Cog"
+            stats.not_comparable(result, reason)
+        elif words["model"] != PUBLISHED_MODEL:
+            reason = f"similar words by {words['model'] or 'an unknown model'}, published ones by {PUBLISHED_MODEL}"
             stats.not_comparable(result, reason)
     if asked:
         counts = [score_answer(read_yes_no(rows[key]["answer"], args.yes_no), truth[key]["truth"]) for key in asked]
@@ -293,7 +309,7 @@ def main(argv: list[str] | None = None) -> None:
     what = "answer files, ours or [{id, response}]; their ids say the kind"
     parser = stats.scorer_flags(__doc__, "--answers", what, "answer files", nargs="+")
     parser.add_argument("--data", required=True, help="folder of annotations.json, relation.json, safe_words.txt")
-    parser.add_argument("--similarity", default="exact", help="exact, or a JSON list of [a, b] pairs above 0.8")
+    parser.add_argument("--similarity", default="exact", help="exact, or the file of evals.similarity")
     tagger = parser.add_mutually_exclusive_group()
     tagger.add_argument("--tagger", metavar="DIR", help="folder of nltk's averaged_perceptron_tagger_eng")
     tagger.add_argument("--no-tagger", action="store_true", help="every word is a noun; for smoke tests")

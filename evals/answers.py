@@ -12,6 +12,7 @@ Not from a paper. Deviations: none.
 import argparse
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -24,7 +25,15 @@ from evals.questions import ADDED, Questions, read_questions
 from external import files
 from external.flags import whole
 from external.progress import progress
-from generate import add_flags, generate, load_model, load_processor, own_generator, parse_flags
+from generate import (
+    add_decoding_flags,
+    add_model_flags,
+    generate,
+    load_model,
+    load_processor,
+    own_generator,
+    parse_flags,
+)
 from model import LLaVA
 
 # ---- asking --------------------------------------------------------------------------------------------------------
@@ -100,9 +109,27 @@ def open_picture(questions: Questions, key: str, processor: Processor) -> torch.
 BY_HASH = ("base", "weights", "adapter")  # said in the settings, but compared by the hash of what lies there
 
 
-def describe(args: argparse.Namespace, processor: Processor, questions: Questions) -> dict:
+class Source:
+    """The model that answers: hashed once, and loaded once if anything is left to ask, for any number of files."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.processor = load_processor(args)
+
+    @cached_property
+    def base_sha256(self) -> str:
+        folder = checkpoint.resolve(self.args.base, self.args.weights)
+        return checkpoint.base_sha256(folder, self.args.vision_weights)
+
+    @cached_property
+    def model(self) -> LLaVA:
+        return load_model(self.args)
+
+
+def describe(args: argparse.Namespace, source: Source, questions: Questions) -> dict:
     """All that decides what the answers are, beside the questions."""
     adapter = args.adapter and adapter_files(args.adapter)[0]
+    bos = "BOS " if source.processor.template.bos else ""
     decoding = {"method": "greedy"}
     if args.temperature:
         decoding = {"method": "sampling", "temperature": args.temperature, "top_p": args.top_p}
@@ -110,7 +137,7 @@ def describe(args: argparse.Namespace, processor: Processor, questions: Question
         decoding = {"method": "beam search", "beams": args.beams, "length_penalty": 1.0, "early_stopping": False}
     return {
         "base": args.base,
-        "base_sha256": checkpoint.base_sha256(checkpoint.resolve(args.base, args.weights), args.vision_weights),
+        "base_sha256": source.base_sha256,
         "weights": args.weights and str(args.weights),
         "adapter": args.adapter and str(args.adapter),
         "adapter_sha256": adapter and checkpoint.file_sha256(adapter),
@@ -118,7 +145,7 @@ def describe(args: argparse.Namespace, processor: Processor, questions: Question
         "decoding": decoding,
         "max_new_tokens": args.max_new_tokens,
         "seed": args.seed if args.temperature else None,
-        "template": f"{'BOS ' if processor.template.bos else ''}{SYSTEM} USER: <image>\n{{prompt}} ASSISTANT:",
+        "template": f"{bos}{SYSTEM} USER: <image>\n{{prompt}} ASSISTANT:",
         "image_mode": args.image_mode,
         "dtype": args.dtype,
         "torch": torch.__version__,
@@ -164,12 +191,12 @@ def read_partial(file: Path, questions: dict[str, dict], settings: dict) -> dict
 # ---- command line --------------------------------------------------------------------------------------------------
 
 
-def answer_file(args: argparse.Namespace) -> None:
-    """Answers --questions into --out, from where this command, or shards of it, had come."""
+def answer_file(args: argparse.Namespace, source: Source | None = None) -> int:
+    """Answers --questions into --out, from where this command, or shards of it, had come; how many are new."""
     files.check_writable(args.out)
     questions = read_questions(args.questions, args.image_root)
-    processor = load_processor(args)
-    settings, out, keys = describe(args, processor, questions), args.out, list(questions.rows)
+    source = source or Source(args)
+    settings, out, keys = describe(args, source, questions), args.out, list(questions.rows)
     others = sorted(out.parent.glob(f"{out.stem}.*-of-*{out.suffix}"))  # what shards have done
     if args.shard_count > 1:
         out = out.with_stem(f"{out.stem}.{args.shard_index}-of-{args.shard_count}")
@@ -188,7 +215,7 @@ def answer_file(args: argparse.Namespace) -> None:
                 done.update({str(row["id"]): row for row in rows})
                 bar.update(len(rows))
 
-            ask(load_model(args), processor, questions, todo, args, save)
+            ask(source.model, source.processor, questions, todo, args, save)
     rows = [done[key] for key in keys]
     files.write_rows(out, rows)  # in the order of the questions, as some scorers want them
     tokens = sum(row["n_tokens"] for row in rows)
@@ -197,6 +224,7 @@ def answer_file(args: argparse.Namespace) -> None:
         f"{out}: {len(rows)} answers, {len(todo)} of them new; {tokens / max(1, len(rows)):.1f} tokens on average, "
         f"{cut} ended by --max-new-tokens"
     )
+    return len(todo)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -204,7 +232,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--questions", type=Path, required=True, help="jsonl of {id, image, prompt, ...}")
     p.add_argument("--out", type=Path, required=True, help="answers.jsonl; what is there already is resumed")
     p.add_argument("--image-root", type=Path, help="folder the image paths start from (default: the questions')")
-    add_flags(p)
+    add_model_flags(p)
+    add_decoding_flags(p)
     p.add_argument("--batch", type=whole(1), default=64, help="questions at once, at most (default 64)")
     p.add_argument("--batch-tokens", type=whole(1), help="tokens in the cache, at most (default: what memory allows)")
     p.add_argument("--shard-index", type=whole(0), default=0, help="answer every Nth question, from this one on")
