@@ -115,7 +115,7 @@ class PhiBlock(nn.Module):
         self.mlp = PhiMLP(c)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        h = self.input_layernorm(x)
+        h = self.input_layernorm(x).to(x.dtype)  # autocast leaves it in float32, which each linear would cast again
         return x + self.self_attn(h, rope, attend) + self.mlp(h)
 
 

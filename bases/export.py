@@ -24,7 +24,6 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from bases import checkpoint
 from bases.adapter import Adapter, load_adapter, read_adapter
@@ -34,6 +33,7 @@ from bases.layouts import IGNORED, their_name
 from bases.tensors import Stored, check_finite, read_tensor, write_tensors
 from bases.tokenizer import load_processor
 from external import files
+from external.progress import progress
 from lora import lora_disabled, scaling_of
 from model import Config, LLaVA
 
@@ -204,7 +204,7 @@ def write_shards(
     for i, names in enumerate(shards, 1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
         tensors = {}
-        for name in tqdm(names, file, disable=None):
+        for name in progress(names, file):
             tensors[name] = tensor(name)
             made = tuple(tensors[name].shape), tensors[name].dtype
             assert made == (tuple(shapes[name]), dtype), (name, made, shapes[name], dtype)

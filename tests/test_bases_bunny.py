@@ -1,5 +1,7 @@
 """bunny.py against transformers' Phi and SigLIP, fed the same embeddings; the templates; the real size by its count."""
 
+import copy
+
 import pytest
 import torch
 from tiny_models import batch, phi_and_siglip, write_bunny
@@ -74,6 +76,20 @@ def test_templates():
     assert tokenizer.decode(tuned.response_ids(" The end. ")[:-1]) == " The end."
     assert tokenizer.decode(released.response_ids(" The end. ")[:-1]) == "The end."
     assert tuned.response_ids("x")[-1] == released.response_ids("x")[-1] == 50256
+
+
+def test_under_autocast_the_linears_share_one_input(loaded):
+    """LayerNorm gives float32 under autocast: cast once, not for each of four linears, which would keep four copies."""
+    _, _, ours = loaded
+    bf16 = copy.deepcopy(ours).to(torch.bfloat16)
+    block = bf16.language_model.layers[0]
+    seen = []
+    block.input_layernorm.register_forward_hook(lambda *args: args[2].float())  # as CUDA's autocast; a CPU's does not
+    for linear in (block.self_attn.q_proj, block.mlp.fc1):
+        linear.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        bf16(batch(image_id=-200)[0], pictures())
+    assert seen[0] is seen[1] and seen[0].dtype == torch.bfloat16
 
 
 def test_a_variant_of_phi_is_refused(tmp_path):

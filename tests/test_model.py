@@ -136,6 +136,16 @@ def test_each_layer_calls_its_own_attend(pair):
     assert called == [0, 1, 2]
 
 
+def test_the_tower_runs_outside_autocast(pair):
+    """Training, under autocast, reads the features that generation reads."""
+    _, ours = pair
+    images = batch()[1]
+    with torch.no_grad():
+        plain = ours.image_features(images)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(ours.image_features(images), plain)
+
+
 def test_without_a_picture_the_tower_does_not_run(pair):
     theirs, ours = pair
     ids = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(4))
