@@ -1,7 +1,6 @@
-# Every target sets itself up: a virtual environment in .venv, from requirements*.txt. Needs Python >= 3.11 and make.
+# Every target sets itself up: a virtual environment in .venv, from pyproject.toml. Needs Python >= 3.11 and make.
 PYTHON ?= python3
 BIN = .venv/bin
-PIP = $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .PHONY: demo test test-slow lint format clean
 
@@ -27,16 +26,9 @@ format: .venv/dev
 	$(PYTHON) -m venv .venv
 	@touch $@
 
-.venv/core: .venv/python requirements.txt
-	$(PIP) -r requirements.txt
-	@touch $@
-
-.venv/plot: .venv/core requirements-plot.txt
-	$(PIP) -r requirements-plot.txt
-	@touch $@
-
-.venv/dev: .venv/core requirements-plot.txt requirements-pds.txt requirements-dev.txt
-	$(PIP) -r requirements-dev.txt
+# .venv/dev, .venv/plot, ...: the core's packages and those of one extra
+.venv/%: .venv/python pyproject.toml .ci/install.py
+	$(BIN)/python .ci/install.py $*
 	@touch $@
 
 clean:

@@ -35,7 +35,7 @@ import torch
 from external import files
 from external.progress import progress
 
-INSTALL = "pip install -r requirements-pds.txt"
+INSTALL = "python .ci/install.py pds"
 Row = dict
 Key = tuple[str, str]  # id, responder ("" where there is none)
 

@@ -344,7 +344,7 @@ def test_flags_out_of_range_are_refused(numbers, flags, capsys):
 
 
 def test_the_core_and_the_room_import_without_the_extra():
-    """No file imports a package of requirements-pds.txt before a stage asks for it."""
+    """No file imports a package of the extra `pds` before a stage asks for it."""
     root = Path(runner.__file__).parent.parent
     extra = {"open_clip", "transformers", "diffusers", "accelerate", "matplotlib"}
     for file in [*root.glob("*.py"), *root.glob("pds/*.py")]:
@@ -355,7 +355,7 @@ def test_the_core_and_the_room_import_without_the_extra():
 
 
 def test_a_missing_package_is_a_sentence():
-    with pytest.raises(SystemExit, match="no_such_package is not installed.*pip install -r requirements-pds.txt"):
+    with pytest.raises(SystemExit, match="no_such_package is not installed.*python .ci/install.py pds"):
         runner.optional("no_such_package")
 
 
