@@ -271,7 +271,7 @@ def test_a_folder_is_no_page(run, tmp_path):
 
 @pytest.fixture(scope="module")
 def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright (requirements-dev.txt)")
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright (extra dev)")
     if CHROMIUM is None:
         pytest.skip("needs a browser: apt-get install chromium")
     with playwright.sync_playwright() as p:
