@@ -1,8 +1,8 @@
-"""The peer of bench.py: the same LoRA preference training with TRL + PEFT + transformers, one JSON line.
+"""The peer of bench/training.py: the same LoRA preference training with TRL, PEFT and transformers; one JSON line.
 
 `dpo` is TRL's DPOTrainer as shipped. `mdpo` adds the conditional and the anchor term the way the paper's released
 trainer does: one more forward of (cropped picture, q, y_w) for policy and reference. Same shapes, rows, LoRA and
-optimiser as bench.py.
+optimiser. cuDNN's attention is off for both or for neither: here as in engine/device.py.
 Not a test: it needs trl, datasets and accelerate, which nothing else here does.
 """
 
@@ -11,7 +11,6 @@ import json
 import math
 import os
 import random
-import resource
 import sys
 import tempfile
 import time
@@ -37,60 +36,84 @@ from transformers import (
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import selective_log_softmax
 
-SHAPES = {  # vision (width, ffn, layers, heads), decoder (width, ffn, layers, heads)
-    "mini": ((256, 1024, 4, 4), (512, 1376, 8, 8)),
-    "1b": ((1024, 4096, 24, 16), (2048, 5504, 22, 16)),
-    "7b": ((1024, 4096, 24, 16), (4096, 11008, 32, 32)),
-}
+from bench.inputs import BETA, LORA_ALPHA, LORA_R, SHAPES, kept_rows
+from data import Pair
+from engine.device import choose_device
+from engine.memory import peak_gib
+from model import Config
+
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'user' %}USER: {% for c in m.content %}"
     "{% if c.type == 'image' %}<image>\n{% else %}"
     "{{ c.text }}{% endif %}{% endfor %} ASSISTANT:{% else %} {% for c in m.content %}{{ c.text }}{% endfor %}"
     "</s>{% endif %}{% endfor %}"
 )
+LINEARS = r".*language_model.*(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 
-def rows_of(data: Path, longest: bool) -> list[dict]:
-    """The rows bench.py keeps: both answers longer than three words, or of those the one with the longest answers."""
-    file = data / "preferences.json" if data.is_dir() else data
-    rows = []
-    for row in json.loads(file.read_text()):
-        (question, chosen), (_, rejected) = (
-            [t["value"] for t in row[k]] for k in ("conversations", "rejected_conversations")
-        )
-        if min(len(chosen.split()), len(rejected.split())) > 3:
-
-            def say(role, text):
-                return [{"role": role, "content": text}]
-
-            rows.append({"images": [str(file.parent / row["image"])], "chosen": say("assistant", chosen.strip()),
-                         "prompt": say("user", question.replace("<image>", "").strip()),
-                         "rejected": say("assistant", rejected.strip())})  # fmt: skip
-    letters = [len(r["chosen"][0]["content"]) + len(r["rejected"][0]["content"]) for r in rows]
-    return [rows[letters.index(max(letters))]] if longest else rows
+def row_of(pair: Pair) -> dict:
+    """A pair in TRL's columns."""
+    return {
+        "images": [str(pair.image)],
+        "prompt": [{"role": "user", "content": pair.prompt}],
+        "chosen": [{"role": "assistant", "content": pair.chosen.strip()}],
+        "rejected": [{"role": "assistant", "content": pair.rejected.strip()}],
+    }
 
 
-def build(shape: str, tokenizer_file: Path, dtype: torch.dtype, device: str):
-    (vw, vf, vl, vh), (w, f, l, h) = SHAPES[shape]
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_file), bos_token="<s>", eos_token="</s>",
-                                        pad_token="<pad>", unk_token="<unk>",
-                                        extra_special_tokens={"image_token": "<image>"})  # fmt: skip
-    text = LlamaConfig(hidden_size=w, intermediate_size=f, num_hidden_layers=l, num_attention_heads=h, vocab_size=32064,
-                       num_key_value_heads=h, max_position_embeddings=4096, bos_token_id=1, eos_token_id=2,
-                       pad_token_id=tokenizer.pad_token_id)  # fmt: skip
-    vision = CLIPVisionConfig(hidden_size=vw, intermediate_size=vf, num_hidden_layers=vl, num_attention_heads=vh,
-                              image_size=336, patch_size=14, projection_dim=768)  # fmt: skip
-    config = LlavaConfig(vision_config=vision, text_config=text, image_seq_length=576, vision_feature_layer=-2,
-                         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-                         vision_feature_select_strategy="default")  # fmt: skip
+def build(c: Config, tokenizer_file: Path, dtype: torch.dtype, device: torch.device):
+    """transformers' LLaVA of the same shape with random weights, and its processor."""
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(tokenizer_file),
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        extra_special_tokens={"image_token": "<image>"},
+    )
+    text = LlamaConfig(
+        hidden_size=c.width,
+        intermediate_size=c.ffn,
+        num_hidden_layers=c.layers,
+        num_attention_heads=c.heads,
+        num_key_value_heads=c.kv_heads,
+        vocab_size=c.vocab,
+        max_position_embeddings=4096,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=c.vision.width,
+        intermediate_size=c.vision.ffn,
+        num_hidden_layers=c.vision.layers,
+        num_attention_heads=c.vision.heads,
+        image_size=c.vision.image_size,
+        patch_size=c.vision.patch,
+        projection_dim=768,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_seq_length=c.vision.patches,
+        vision_feature_layer=-2,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_feature_select_strategy="default",
+    )
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
-    with torch.device(device):
+    with device:
         model = LlavaForConditionalGeneration(config)
     torch.set_default_dtype(torch.float32)
-    pictures = CLIPImageProcessor(size={"shortest_edge": 336}, crop_size=336)
-    processor = LlavaProcessor(pictures, tokenizer, patch_size=14, vision_feature_select_strategy="default",
-                               num_additional_image_tokens=1, chat_template=TEMPLATE)  # fmt: skip
+    size = c.vision.image_size
+    processor = LlavaProcessor(
+        CLIPImageProcessor(size={"shortest_edge": size}, crop_size=size),
+        tokenizer,
+        patch_size=c.vision.patch,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=TEMPLATE,
+    )
     return model, processor
 
 
@@ -105,35 +128,44 @@ class MDPO(InOrder):
     chunked_head = False
 
     def logps(self, model, inputs: dict, mask) -> torch.Tensor:
+        """(B, T) ids -> (B,)."""
         if self.chunked_head:
             labels = inputs["input_ids"].masked_fill(mask == 0, -100)
             return model(**inputs, labels=labels, fused_lm_head=True, use_cache=False).log_probs.sum(1)
         logits = model(**inputs, use_cache=False).logits[:, :-1]
         return (selective_log_softmax(logits, inputs["input_ids"][:, 1:]) * mask[:, 1:]).sum(1)
 
+    def triples(self, model, both: dict, mask, cropped: dict) -> tuple:
+        """The log-probs of chosen and rejected, which stand in one batch, and of image_rejected."""
+        chosen, rejected = self.logps(model, both, mask).chunk(2)
+        image_rejected = self.logps(model, cropped, mask[: len(mask) // 2])
+        return chosen, rejected, image_rejected
+
     def _compute_loss(self, model, inputs, return_outputs=False):
-        inputs = dict(inputs)
-        mask = inputs.pop("completion_mask")
-        n = len(mask) // 2
-        chosen = {k: v[:n] for k, v in inputs.items()}
-        picture = chosen["pixel_values"]
-        side = int(picture.shape[-1] * math.sqrt(random.uniform(0.01, 0.2)))
-        top, left = (random.randrange(picture.shape[-1] - side) for _ in range(2))
-        crop = picture[:, :, top : top + side, left : left + side].float()
-        chosen["pixel_values"] = F.interpolate(crop, picture.shape[-2:], mode="bilinear").to(picture.dtype)
-
-        def triples(m):
-            return (*self.logps(m, inputs, mask).chunk(2), self.logps(m, chosen, mask[:n]))
-
-        policy = triples(model)
+        both = dict(inputs)
+        mask = both.pop("completion_mask")
+        cropped = {name: value[: len(mask) // 2] for name, value in both.items()}
+        cropped["pixel_values"] = crop(cropped["pixel_values"])
+        policy = self.triples(model, both, mask, cropped)
         base = self.accelerator.unwrap_model(model)
         with torch.no_grad(), base.disable_adapter():
-            reference = triples(base)
-        w, l, m_l = (0.1 * (p - r) for p, r in zip(policy, reference, strict=True))
+            reference = self.triples(base, both, mask, cropped)
+        w, l, m_l = (BETA * (p - r) for p, r in zip(policy, reference, strict=True))
         return -(F.logsigmoid(w - l) + F.logsigmoid(w - m_l) + F.logsigmoid(w)).mean()
 
 
+def crop(pictures: torch.Tensor) -> torch.Tensor:
+    """1-20 % of the area, resized back, one place for all (B, 3, S, S)."""
+    size = pictures.shape[-1]
+    side = int(size * math.sqrt(random.uniform(0.01, 0.2)))
+    top, left = random.randrange(size - side), random.randrange(size - side)
+    part = pictures[:, :, top : top + side, left : left + side].float()
+    return F.interpolate(part, pictures.shape[-2:], mode="bilinear").to(pictures.dtype)
+
+
 class Clock(TrainerCallback):
+    """Seconds of every step."""
+
     def __init__(self, cuda: bool):
         self.cuda, self.seconds = cuda, []
 
@@ -149,7 +181,29 @@ class Clock(TrainerCallback):
         self.seconds.append(self.now() - self.start)
 
 
-def main(argv=None) -> None:
+def settings_of(args: argparse.Namespace, out: str, steps: int, cuda: bool) -> DPOConfig:
+    return DPOConfig(
+        output_dir=out,
+        per_device_train_batch_size=args.micro,
+        gradient_accumulation_steps=1,
+        beta=BETA,
+        max_steps=steps,
+        learning_rate=1e-5,
+        weight_decay=0.05,
+        adam_beta2=0.98,
+        logging_steps=1,
+        gradient_checkpointing=args.checkpointing,
+        bf16=cuda and args.dtype == "bfloat16",
+        use_cpu=not cuda,
+        max_length=None,
+        save_strategy="no",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        report_to=[],
+    )
+
+
+def parse_args(argv=None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--shape", choices=SHAPES, default="mini")
     p.add_argument("--objective", choices=("mdpo", "dpo"), default="mdpo")
@@ -161,37 +215,45 @@ def main(argv=None) -> None:
     p.add_argument("--checkpointing", action="store_true")
     p.add_argument("--chunked-head", action="store_true", help="mdpo through TRL's head without full logits")
     p.add_argument("--longest", action="store_true", help="only the pair with the longest answers")
-    args = p.parse_args(argv)
-    cuda = torch.cuda.is_available()
-    rows = rows_of(args.data, args.longest)
-    warm = -(-len(rows) // args.micro)  # at least one pass
-    timed = len(rows) * -(-args.passes // args.micro)  # any len(rows) steps in a row see every row `micro` times
-    copies = -(-(warm + timed) * args.micro // len(rows))
+    return p.parse_args(argv)
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    device = choose_device()
+    cuda = device.type == "cuda"
+    rows = [row_of(pair) for pair in kept_rows(args.data, args.longest)[0]]
+    # any len(rows) steps in a row see every row `micro` times, and every composition of a batch once
+    warm = len(rows)
+    timed = len(rows) * math.ceil(args.passes / args.micro)
+    copies = math.ceil((warm + timed) * args.micro / len(rows))
     data = Dataset.from_list(rows * copies).cast_column("images", Sequence(Image()))
-    model, processor = build(args.shape, args.tokenizer, getattr(torch, args.dtype), "cuda" if cuda else "cpu")
-    linears = r".*language_model.*(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-    lora = LoraConfig(r=64, lora_alpha=128, lora_dropout=0.0, target_modules=linears)
+    model, processor = build(SHAPES[args.shape], args.tokenizer, getattr(torch, args.dtype), device)
     clock = Clock(cuda)
     with tempfile.TemporaryDirectory() as out:
-        settings = DPOConfig(
-            output_dir=out, per_device_train_batch_size=args.micro, gradient_accumulation_steps=1, beta=0.1,
-            max_steps=warm + timed, learning_rate=1e-5, weight_decay=0.05, adam_beta2=0.98, logging_steps=1,
-            gradient_checkpointing=args.checkpointing, bf16=cuda and args.dtype == "bfloat16", use_cpu=not cuda,
-            max_length=None, save_strategy="no", remove_unused_columns=False, disable_tqdm=True, report_to=[],
-        )  # fmt: skip
         trainer = (MDPO if args.objective == "mdpo" else InOrder)(
-            model, args=settings, train_dataset=data, processing_class=processor, peft_config=lora, callbacks=[clock]
+            model,
+            args=settings_of(args, out, warm + timed, cuda),
+            train_dataset=data,
+            processing_class=processor,
+            peft_config=LoraConfig(r=LORA_R, lora_alpha=LORA_ALPHA, lora_dropout=0.0, target_modules=LINEARS),
+            callbacks=[clock],
         )
         trainer.chunked_head = args.chunked_head
         sys.stdout, stdout = sys.stderr, sys.stdout  # the trainer prints its log
         trainer.train()
         sys.stdout = stdout
-    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    log = [h["loss"] for h in trainer.state.log_history if "loss" in h]
-    print(json.dumps({"peer": "trl", "micro": args.micro, "checkpointing": args.checkpointing,
-                      "chunked_head": args.chunked_head or args.objective == "dpo",
-                      "pairs_per_s": timed * args.micro / sum(clock.seconds[warm:]), "peak_gib": peak / 2**30,
-                      "losses_of_first_pass": log[:warm]}))  # fmt: skip
+    log = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    result = {
+        "peer": "trl",
+        "micro": args.micro,
+        "checkpointing": args.checkpointing,
+        "chunked_head": args.chunked_head or args.objective == "dpo",
+        "pairs_per_s": timed * args.micro / sum(clock.seconds[warm:]),
+        "peak_gib": peak_gib(device),
+        "losses_of_first_pass": log[:warm],
+    }
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":
