@@ -53,7 +53,7 @@ def read_chat(value, alone: str) -> Chat:
         return Chat(**{alone: value})
     messages = [value] if isinstance(value, dict) else value
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise BadRow(NOT_FITTING, f"a {type(value).__name__} where text or messages were wanted")
+        raise BadRow(NOT_FITTING, f"{type(value).__name__} where text or messages were wanted")
     found = {}
     images = []
     for message in messages:
@@ -213,7 +213,7 @@ def plain(row: dict) -> Fields:
 
 def implicit_prompt(row: dict) -> Fields:
     """TRL: chosen and rejected are whole chats that begin with the same question; pictures may stand in them."""
-    return from_chats(row.get("images", row.get("image")), row.get("prompt"), row["chosen"], row["rejected"])
+    return from_chats(row.get("images") or row.get("image"), row.get("prompt"), row["chosen"], row["rejected"])
 
 
 class Layout(NamedTuple):

@@ -14,6 +14,7 @@ import binascii
 import re
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 from data import SYSTEM, BadRow, Pair, Problem, bare_question
 from external import files
@@ -24,11 +25,21 @@ from formats.layouts import EVERYWHERE, NOT_FITTING, REJECTED_IMAGE, Fields, Lay
 from formats.rows import Row, read_rows
 
 
+class Found(NamedTuple):
+    """A row that could be read, its pictures not yet placed."""
+
+    row: int
+    where: str
+    id: str
+    fields: Fields
+    m_l: str | bytes | None  # the data's own rejected image
+
+
 class Stored:
-    """Rows as they are read: fields of the good ones, problems of the others, and what is worth a line."""
+    """Rows as they are read: the good ones, problems of the others, and what is worth a line."""
 
     def __init__(self):
-        self.fields: list[tuple[Row, str, Fields, str | bytes | None]] = []  # row, id, fields, rejected image
+        self.found: list[Found] = []
         self.problems: list[Problem] = []
         self.left_out: Counter[str] = Counter()  # reason -> rows that make no pair
         self.keys_twice: Counter[str] = Counter()
@@ -61,7 +72,8 @@ def read_pairs(data: Path | str, image_root: Path | None = None) -> tuple[list[P
     folder = source if source.is_dir() else source.parent
     root = Path(image_root or folder).resolve()
     joined = None
-    paths = {image for _, _, fields, m_l in stored.fields for image in (fields.image, m_l) if isinstance(image, str)}
+    paths = {found.fields.image for found in stored.found} | {found.m_l for found in stored.found}
+    paths = {path for path in paths if isinstance(path, str)}
     if from_hub and paths:
         joined = hub_data.join(name, folder, paths, image_root)
     pairs = place_all(stored, root, joined)
@@ -70,7 +82,7 @@ def read_pairs(data: Path | str, image_root: Path | None = None) -> tuple[list[P
 
 
 def read_one(row: Row, layout: Layout, stored: Stored) -> None:
-    """One row's fields, or its problem, into `stored`."""
+    """What one row holds, or its problem, into `stored`."""
     stored.total += 1
     row_id = str(row.number)
     if row.columns is not None:
@@ -84,37 +96,37 @@ def read_one(row: Row, layout: Layout, stored: Stored) -> None:
             raise BadRow("broken row", row.detail)
         fields = read_fields(row.columns, layout)
         m_l = rejected_image(row.columns)
-        stored.fields.append((row, row_id, fields, m_l))
+        stored.found.append(Found(row.number, row.where, row_id, fields, m_l))
     except BadRow as e:
-        stored.problems.append(problem_of(row, row_id, e))
+        stored.problems.append(problem_of(row.number, row.where, row_id, e))
     except NoPair as e:
         stored.left_out[str(e)] += 1
 
 
-def problem_of(row: Row, row_id: str, error: BadRow) -> Problem:
+def problem_of(row: int, where: str, row_id: str, error: BadRow) -> Problem:
     reason, detail = error.problem
-    return Problem(row.number, row_id, reason, printable(detail, LONGEST), row.where)
+    return Problem(row, row_id, reason, printable(detail, LONGEST), where)
 
 
 def place_all(stored: Stored, root: Path, joined: dict[str, Path] | None) -> list[Pair]:
-    """Pairs of all fields whose pictures can be placed; the others become problems or are left out."""
+    """Pairs of all rows whose pictures can be placed; the others become problems or are left out."""
     pairs = []
-    for row, row_id, fields, m_l in stored.fields:
+    for found in stored.found:
         try:
             pair = Pair(
-                id=row_id,
-                image=place(fields.image, root, joined),
-                prompt=fields.prompt,
-                chosen=fields.chosen,
-                rejected=fields.rejected,
-                row=row.number,
-                image_rejected=place(m_l, root, joined),
-                system=fields.system or SYSTEM,
-                where=row.where,
+                id=found.id,
+                image=place(found.fields.image, root, joined),
+                prompt=found.fields.prompt,
+                chosen=found.fields.chosen,
+                rejected=found.fields.rejected,
+                row=found.row,
+                image_rejected=place(found.m_l, root, joined),
+                system=found.fields.system or SYSTEM,
+                where=found.where,
             )
             pairs.append(pair)
         except BadRow as e:
-            stored.problems.append(problem_of(row, row_id, e))
+            stored.problems.append(problem_of(found.row, found.where, found.id, e))
         except NoPair as e:
             stored.left_out[str(e)] += 1
     return pairs

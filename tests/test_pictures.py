@@ -328,9 +328,10 @@ def test_moco_uses_all_its_parts():
 
 def test_released_crop_is_the_libraries_resized_crop():
     functional = pytest.importorskip("torchvision.transforms.v2.functional")
-    x = levels(picture(50, 40), CLIP)
-    left, top, w, h = pictures.crop_box(28, 28, np.random.default_rng(5), 0.01, 0.2)
-    # the release crops what is normalised already; here the crop is normalised
-    expected = functional.resized_crop(pictures.normalise(x, CLIP), top, left, h, w, [28, 28], antialias=False)
-    cropped = pictures.crop_released(x, np.random.default_rng(5))
-    torch.testing.assert_close(pictures.normalise(cropped, CLIP), expected, atol=1e-6, rtol=0)
+    x = levels(picture(150, 140), ImageSpec(size=112))
+    for seed in range(5):
+        left, top, w, h = pictures.crop_box(112, 112, np.random.default_rng(seed), 0.01, 0.2)
+        # the release crops what is normalised already; here the crop is normalised
+        expected = functional.resized_crop(pictures.normalise(x, CLIP), top, left, h, w, [112, 112], antialias=False)
+        cropped = pictures.crop_released(x, np.random.default_rng(seed))
+        torch.testing.assert_close(pictures.normalise(cropped, CLIP), expected, atol=1e-5, rtol=0)
