@@ -70,6 +70,8 @@ def read_pairs(data: Path | str, image_root: Path | None = None) -> tuple[list[P
         raise SystemExit(f"{first.where}: {first.reason}: {first.detail}\n{name}: no row can be read")
 
     folder = source if source.is_dir() else source.parent
+    if image_root and not Path(image_root).is_dir():
+        raise SystemExit(f"--image-root {image_root}: no such folder")
     root = Path(image_root or folder).resolve()
     joined = None
     paths = {found.fields.image for found in stored.found} | {found.m_l for found in stored.found}

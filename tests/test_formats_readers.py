@@ -229,6 +229,11 @@ def test_folder(tmp_path, capsys):
         read_pairs(tmp_path)
 
 
+def test_an_image_root_that_is_not_there(tmp_path):
+    with pytest.raises(SystemExit, match="--image-root .*/nowhere: no such folder"):
+        read_pairs(write(tmp_path, [row()]), tmp_path / "nowhere")
+
+
 def test_image_root_may_be_a_link_but_pictures_stay_inside(tmp_path):
     (tmp_path / "real").mkdir(), (tmp_path / "outside.png").touch(), (tmp_path / "real/in.png").touch()
     (tmp_path / "root").symlink_to("real")

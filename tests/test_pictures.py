@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import EpsImagePlugin, Image
+from PIL import EpsImagePlugin, Image, ImageCms
 
 import pictures
 from pictures import ImageSpec, levels, open_image, prepare
@@ -171,6 +171,19 @@ def small_files(rng: np.random.Generator) -> list[bytes]:
         made += [encoded(image, "BMP"), encoded(image.convert("P"), "BMP"), encoded(image.convert("1"), "BMP")]
         for compression in ("raw", "tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg"):
             made.append(encoded(image, "TIFF", compression=compression))
+    exif = Image.Exif()
+    exif[0x010E] = "a camera's words"
+    extras = {"exif": exif, "icc_profile": ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()}
+    for file_format in ("JPEG", "PNG", "WEBP", "TIFF"):
+        made.append(encoded(noise, file_format, **extras))
+    pages = {"save_all": True, "append_images": [flat, noise]}
+    for file_format in ("PNG", "WEBP", "TIFF"):
+        made.append(encoded(noise, file_format, **pages))
+    made += [encoded(noise.convert("P"), "GIF", transparency=3, **pages), encoded(noise, "JPEG", restart_marker_rows=1)]
+    made += [encoded(noise.convert("P"), "PNG", transparency=3), encoded(noise.convert("LA"), "PNG")]
+    made += [encoded(noise.convert("RGBA"), "BMP"), encoded(noise.convert("CMYK"), "TIFF")]
+    made += [encoded(noise.convert("LAB"), "TIFF"), encoded(noise.convert("YCbCr"), "TIFF")]
+    made += [encoded(noise.convert("1"), "TIFF", compression=c) for c in ("group3", "group4")]
     return [*made, encoded(grey16, "PNG"), encoded(grey16, "TIFF")]
 
 
@@ -253,7 +266,8 @@ def test_crop_box_of_odd_shapes_stays_inside(w, h):
         for _ in range(100):
             left, top, cw, ch = pictures.crop_box(w, h, rng, low, high)
             assert cw >= 1 and ch >= 1 and left >= 0 and top >= 0 and left + cw <= w and top + ch <= h
-            assert w * h < 1000 or cw * ch <= high * w * h * 1.1  # keeps the area, bends the aspect
+            # keeps the area, bends the aspect; whole pixels, so small pictures cannot
+            assert w * h < 1000 or 0.9 * low * w * h <= cw * ch <= 1.1 * high * w * h
 
 
 def test_crop_is_cut_from_the_picture_itself():
@@ -324,6 +338,38 @@ def test_moco_uses_all_its_parts():
     sides = [np.asarray(pictures.moco(half, np.random.default_rng(s)).convert("L"), float) for s in range(200)]
     right = np.mean([s[:, -1].mean() > s[:, 0].mean() for s in sides if abs(s[:, -1].mean() - s[:, 0].mean()) > 30])
     assert right == pytest.approx(0.5, abs=0.12)
+
+
+def test_turning_the_hue():
+    red = Image.new("RGB", (2, 2), (255, 0, 0))
+    assert pictures.turn_hue(red, 85).getpixel((0, 0)) == (0, 255, 0)  # 85 / 255 = a third of the circle
+    assert pictures.turn_hue(red, 0).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_colour_jitter_has_mocos_strengths():
+    grey = Image.new("RGB", (4, 4), (120, 120, 120))  # only brightness changes it: 120 x U(.6, 1.4) = 72 to 168
+    levels = [pictures.colour_jitter(grey, np.random.default_rng(s)).getpixel((0, 0))[0] for s in range(300)]
+    assert 70 <= min(levels) < 77 and 163 < max(levels) <= 169 and np.mean(levels) == pytest.approx(120, abs=4)
+    dull = Image.new("RGB", (4, 4), (140, 100, 100))  # hue 0; a tenth of the circle is 25.5 of 255
+    drawn = [pictures.colour_jitter(dull, np.random.default_rng(s)).convert("HSV").getpixel((0, 0)) for s in range(300)]
+    hues = np.array([(hue + 128) % 256 - 128 for hue, _, _ in drawn])
+    assert -30 <= hues.min() < -20 and 20 < hues.max() <= 30 and abs(hues.mean()) < 3
+    # (140 - 100) / 140 x 255 = 73, times U(.6, 1.4); contrast does not change what is flat
+    saturations = np.array([saturation for _, saturation, _ in drawn])
+    assert saturations.min() < 73 * 0.7 and saturations.max() > 73 * 1.3
+
+
+def test_blur_follows_the_size_of_the_picture(monkeypatch):
+    """MoCo's radius, U(.1, 2), is meant for 224 px."""
+    radii = []
+    blur = pictures.ImageFilter.GaussianBlur
+    monkeypatch.setattr(pictures.ImageFilter, "GaussianBlur", lambda radius: radii.append(radius) or blur(radius))
+    for size, largest in ((22, 2 * 22 / 224), (672, 2 * 672 / 224)):
+        radii.clear()
+        for seed in range(60):
+            pictures.moco(Image.new("RGB", (size, size)), np.random.default_rng(seed))
+        assert 0.6 * largest < max(radii) <= largest
+        assert 20 <= len(radii) <= 40  # half of them
 
 
 def test_released_crop_is_the_libraries_resized_crop():
