@@ -41,7 +41,7 @@ def main(argv=None) -> None:
         print(f"\n{name}")
         runs[name] = tables.train_row(world, name, args.seed)
     table = toy.score_rows(world, runs, world, args.seed)
-    figure.draw(picture, read_json(figure.STUDY), table, f"this run, seed {args.seed}")
+    figure.judge(picture, read_json(figure.STUDY), table, f"this run, seed {args.seed}")
     print(f"{out}: table.json, captions.png, judge.png, a folder per recipe; {time.perf_counter() - start:.0f} s")
     print("Remove the folder to start afresh, or give --seed or --out for another world.")
 

@@ -4,8 +4,8 @@
     python -m lab.tables --figure judge.png                redraws the README's figure from the committed numbers
 
 Each seed has its own scenes, base, pairs and test scenes. Rows stand in GROUPS in the order of their worth, and a group
-is finished for all seeds before the next begins, so that a run that is stopped early leaves whole tables. DIR/tables.md
-has the tables with what holds and what does not (lab/claims.py), DIR/study.json their numbers.
+is finished for all seeds before the next starts, so that a run that is stopped early leaves whole tables. DIR gets
+tables.md with what holds and what does not (lab/claims.py), study.json with the numbers, judge.png and chosen.png.
 """
 
 import argparse
@@ -147,29 +147,38 @@ def score_row(world: Path, name: str, seed: int) -> dict:
 
 
 def collect(out: Path, seeds: list[int]) -> dict:
-    """Of the rows that every seed has: each score, one value per seed, and the mean curve of the chosen log-prob."""
-    rows, curves = {}, {}
+    """A study (lab/figure.py) of the rows that every seed has."""
+    study = {"seeds": seeds, "rows": {}, "chosen_by_step": {}}
     for name in ROWS:
         files = [out / f"seed-{seed}" / "rows" / f"{slug(name)}.json" for seed in seeds]
         if not all(file.is_file() for file in files):
             continue
         results = [read_json(file) for file in files]
-        rows[name] = {score: [result["scores"][score] for result in results] for score in results[0]["scores"]}
-        steps = zip(*(result["chosen_by_step"] for result in results), strict=True)
-        curves[name] = [mean(values) for values in steps]
-    return {"seeds": seeds, "rows": rows, "chosen_by_step": curves}
+        scores = [result["scores"] for result in results]
+        study["rows"][name] = {score: [round(of_seed[score], 4) for of_seed in scores] for score in scores[0]}
+        if name in figure.CHOSEN:
+            steps = zip(*(result["chosen_by_step"] for result in results), strict=True)
+            study["chosen_by_step"][name] = [round(mean(values), 4) for values in steps]
+    return study
 
 
 def report(out: Path, seeds: list[int]) -> None:
-    """study.json, and with two seeds or more tables.md and the figures."""
+    """study.json; with two seeds or more tables.md; the figures whose rows are there."""
     study = collect(out, seeds)
     write_json(out / "study.json", study)
-    if len(seeds) < 2:
-        print(f"{out}: study.json; intervals need at least two --seeds")
-        return
-    text = "\n".join(claims.write(table, study["rows"]) for table in claims.TABLES)
-    write_text(out / "tables.md", text)
-    print(f"\n{text}\n{out}: study.json, tables.md")
+    written = ["study.json"]
+    if len(seeds) > 1:  # an interval needs two
+        text = "\n".join(claims.write(table, study["rows"]) for table in claims.TABLES)
+        write_text(out / "tables.md", text)
+        print(f"\n{text}")
+        written.append("tables.md")
+    if GROUPS["headline"].keys() <= study["rows"].keys():
+        figure.chosen(out / "chosen.png", study)
+        written.append("chosen.png")
+        if GROUPS["judge"].keys() <= study["rows"].keys():
+            figure.judge(out / "judge.png", study)
+            written.append("judge.png")
+    print(f"{out}: {', '.join(written)}")
 
 
 def main(argv=None) -> None:
@@ -178,23 +187,21 @@ def main(argv=None) -> None:
     p.add_argument("--seeds", type=int, nargs="+", default=[6, 7, 8, 9, 10])
     p.add_argument("--out", type=Path, help="folder of the results, a folder per seed in it")
     p.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS), help="which rows")
-    p.add_argument("--figure", type=Path, help="draw the README's figure: from --out, else from the committed numbers")
+    p.add_argument("--figure", type=Path, help="redraw the README's figure from the committed numbers, nothing else")
     args = p.parse_args(argv)
-    if not args.out and not args.figure:
-        p.error("give --out DIR, --figure FILE or both")
     if args.figure:
-        plotting.new_figure(args.figure, 1, 1)  # a wrong ending or a missing matplotlib is told now, not after an hour
-    if args.out:
-        for group in args.groups:
-            for seed in args.seeds:
-                world = toy.make_world(args.out / f"seed-{seed}", seed)
-                for name in GROUPS[group]:
-                    score_row(world, name, seed)
-        report(args.out, args.seeds)
-    if args.figure:
-        study = read_json(args.out / "study.json") if args.out else read_json(figure.STUDY)
-        figure.draw(args.figure, study)
+        figure.judge(args.figure, read_json(figure.STUDY))
         print(args.figure)
+        return
+    if not args.out:
+        p.error("give --out DIR, or --figure FILE")
+    plotting.new_figure(args.out / "judge.png", 1, 1)  # a missing matplotlib is told now, not after an hour
+    for group in args.groups:
+        for seed in args.seeds:
+            world = toy.make_world(args.out / f"seed-{seed}", seed)
+            for name in GROUPS[group]:
+                score_row(world, name, seed)
+    report(args.out, args.seeds)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def test_only_rows_that_every_seed_has_are_reported(tmp_path):
         folder = tmp_path / f"seed-{seed}" / "rows"
         folder.mkdir(parents=True)
         for name in ("base", "DPO", "mDPO", "SFT on y_w"):
-            curve = [] if name == "base" else [0.0, float(seed)]
+            curve = [] if name == "base" else [0.0, seed / 3]
             result = {"row": name, "scores": scores | {"CHAIR_s": chair}, "chosen_by_step": curve}
             if (name, seed) != ("SFT on y_w", 8):
                 (folder / f"{tables.slug(name)}.json").write_text(json.dumps(result))
@@ -50,7 +50,7 @@ def test_only_rows_that_every_seed_has_are_reported(tmp_path):
     assert numbers["seeds"] == [7, 8]
     assert list(numbers["rows"]) == ["base", "DPO", "mDPO"]
     assert numbers["rows"]["mDPO"]["CHAIR_s"] == [40.0, 44.0]
-    assert numbers["chosen_by_step"]["mDPO"] == [0.0, 7.5]
+    assert numbers["chosen_by_step"] == {"DPO": [0.0, 2.5], "mDPO": [0.0, 2.5]}  # mean of 7/3 and 8/3
     text = (tmp_path / "tables.md").read_text()
     assert text.count("### ") == len(claims.TABLES)
     first = text.split("### ")[1]
@@ -148,7 +148,7 @@ def five_seeds() -> dict:
 
 def test_the_figure_has_means_per_judge_and_the_demos_own_seed(tmp_path):
     own = {name: {"CHAIR_s": 30.0, "d'": 1.5} for name in ("base", "DPO", "mDPO")}
-    drawn = figure.draw(tmp_path / "judge.png", five_seeds(), own, "this run")
+    drawn = figure.judge(tmp_path / "judge.png", five_seeds(), own, "this run")
     chair, d_prime = drawn.axes
     assert [line.get_ydata().tolist() for line in d_prime.lines] == [
         [1.5, 1.5, 1.5],  # base
@@ -160,16 +160,23 @@ def test_the_figure_has_means_per_judge_and_the_demos_own_seed(tmp_path):
     assert (tmp_path / "judge.png").is_file()
 
 
-def test_the_demo_runs_twice(study, monkeypatch, capsys, tmp_path):
+def test_curves_of_the_chosen_answer(tmp_path):
+    curves = {"DPO": [0.0, -1.0], "mDPO": [0.0, 1.0], "mDPO -anchored": [0.0, -2.0], "mDPO -conditional": [0.0, 0.5]}
+    axes = figure.chosen(tmp_path / "chosen.png", {"chosen_by_step": curves}).axes[0]
+    drawn = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
+    assert {name: drawn[name] for name in curves} == curves
+    assert (tmp_path / "chosen.png").is_file()
+
+
+def test_the_demo_uses_what_is_there(study, monkeypatch, capsys, tmp_path):
     shrink(monkeypatch)
     monkeypatch.setattr(figure, "STUDY", tmp_path / "study.json")
     figure.STUDY.write_text(json.dumps(five_seeds()))
     out = study / "seed-7"  # a demo's folder is a seed's folder of the study
-    for _ in range(2):
-        demo.main(["--seed", "7", "--out", str(out)])
-        said = capsys.readouterr().out
-        assert said.count("trained already") == 3
-        assert "Remove the folder to start afresh" in said
+    demo.main(["--seed", "7", "--out", str(out)])
+    said = capsys.readouterr().out
+    assert said.count("trained already") == 3
+    assert "Remove the folder to start afresh" in said
     table = json.loads((out / "table.json").read_text())
     assert list(table) == ["base", "DPO", "DPO (No Image)", "mDPO"]
     assert (out / "captions.png").is_file() and (out / "judge.png").is_file()
