@@ -43,7 +43,7 @@ from data import Processor
 from eval_chair import chair_scores
 from evals import grounding
 from evals.caption_page import Shown, draw_page
-from evals.captions import caption, chosen_change, next_logits, write_table
+from evals.captions import caption_pictures, chosen_change, next_logits, write_table
 from external.files import read_json, write_json, write_rows
 from external.progress import progress
 from formats.readers import read_pairs
@@ -301,7 +301,7 @@ def make_pairs(world: Path, folder: Path, seed: int, s: float) -> None:
 def draw_captions(model: LLaVA, processor: Processor, scenes: list[Scene], k: int, seed: int) -> list[list[str]]:
     """k captions of each scene at temperature 1."""
     images = [scene.image for scene in scenes for _ in range(k)]
-    texts = caption(model, processor, QUESTION, images, temperature=1.0, seed=seed)
+    texts = caption_pictures(model, processor, QUESTION, images, temperature=1.0, seed=seed)
     return [texts[k * i : k * i + k] for i in range(len(scenes))]
 
 
@@ -324,7 +324,7 @@ def evaluate(
         held_out, _ = read_pairs(world / pairs / "held-out.jsonl")
         chosen = chosen_change(model, processor, held_out)
     images = [scene.image for scene in scenes]
-    greedy = caption(model, processor, QUESTION, images)
+    greedy = caption_pictures(model, processor, QUESTION, images)
     chair = chair_scores([mentions(text) for text in greedy], [set(scene.places) for scene in scenes])
 
     truth = membership(scene.places for scene in scenes)  # (scenes, objects)
@@ -332,7 +332,7 @@ def evaluate(
     votes = np.zeros(truth.shape, dtype=int)  # (scenes, objects): how many samples name it
     drawn = []
     for n in range(WORLD["test_samples"]):
-        texts = caption(model, processor, QUESTION, images, temperature=1.0, seed=seed + n)
+        texts = caption_pictures(model, processor, QUESTION, images, temperature=1.0, seed=seed + n)
         votes += membership(mentions(text) for text in texts)
         drawn += texts
     there, not_there = naming_probabilities(model, processor, scenes)

@@ -18,7 +18,7 @@ AT_ONCE = 512  # pictures in one batch
 MAX_TOKENS = 48
 
 
-def caption(
+def caption_pictures(
     model: LLaVA,
     processor: Processor,
     question: str,

@@ -188,7 +188,9 @@ def test_the_score_of_an_object_is_the_product_of_its_words(monkeypatch):
 
 
 def test_captions_are_drawn_scene_by_scene(monkeypatch):
-    monkeypatch.setattr(toy, "caption", lambda m, p, question, images, temperature, seed: [im.size[0] for im in images])
+    monkeypatch.setattr(
+        toy, "caption_pictures", lambda m, p, question, images, temperature, seed: [im.size[0] for im in images]
+    )
     scenes = [SCENE._replace(image=Image.new("RGB", (side, 1))) for side in (10, 20, 30)]
     assert toy.draw_captions(None, None, scenes, 2, seed=0) == [[10, 10], [20, 20], [30, 30]]
 
