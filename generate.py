@@ -290,7 +290,7 @@ def is_done(ranked: list[Ended], beams: int, best_open: float) -> bool:
 
 def add_model_flags(p: argparse.ArgumentParser) -> None:
     """Which model, for every command that answers questions."""
-    p.add_argument("--base", required=True, help=f"{', '.join(checkpoint.SOURCES)}, or a checkpoint folder")
+    p.add_argument("--base", required=True, help=checkpoint.BASE_HELP)
     p.add_argument("--weights", type=Path, help="folder of the base's checkpoint, instead of the hub's cache")
     p.add_argument("--vision-weights", type=Path, help="CLIP or SigLIP folder, for layouts without the vision tower")
     p.add_argument("--adapter", type=Path, help="run folder, or any PEFT LoRA folder")

@@ -33,7 +33,7 @@ import pictures
 import toy
 from bases.adapter import save_adapter
 from bases.architectures import architecture_of
-from bases.checkpoint import SOURCES, load_base
+from bases.checkpoint import BASE_HELP, load_base, source_of
 from bases.tokenizer import load_processor
 from data import MAX_LENGTH, Example, PairData, collate
 from engine import distributed
@@ -256,7 +256,7 @@ def start_run(
     """The run in its folder, begun or resumed."""
     steps_per_epoch = math.ceil(len(data) / args.batch)
     steps = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
-    repository = SOURCES.get(args.base, (args.base,))[0]  # what PEFT looks for beside the adapter
+    repository = source_of(args.base)  # what PEFT looks for beside the adapter
     return Run(
         folder=run_folder_of(args),
         settings=describe(vars(args), model, data),
@@ -293,7 +293,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     cuda = torch.cuda.is_available()
 
     g = p.add_argument_group("what")
-    g.add_argument("--base", required=True, help=f"toy, {', '.join(SOURCES)}, or a checkpoint folder")
+    g.add_argument("--base", required=True, help=BASE_HELP)
     g.add_argument("--recipe", choices=RECIPES, default="mdpo", help="objective and settings of a paper")
     g.add_argument("--data", help=f"preference file, folder or hub data set, such as {', '.join(hub_data.NAMED)}")
     g.add_argument("--image-root", type=Path, help="folder the image paths start from, if not the data file's")

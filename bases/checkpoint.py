@@ -25,6 +25,7 @@ SOURCES = {  # base: hub repository, size of the download
     "llava-1.5-13b": ("llava-hf/llava-1.5-13b-hf", "26.7 GB"),
     "bunny-v1.0-3b": ("BAAI/Bunny-v1_0-3B", "6.4 GB"),
 }
+BASE_HELP = f"{', '.join(SOURCES)}, toy, or a checkpoint folder; NAME@REVISION takes that commit of the hub's"
 WEIGHTS_VARIABLE = "NANOMDPO_WEIGHTS"  # a folder that holds a checkpoint folder for each base name
 VISION_SIZES = {
     "openai/clip-vit-large-patch14-336": "1.7 GB",
@@ -51,7 +52,8 @@ def load_base(
 
 def source_of(base: str) -> str:
     """What an adapter calls its base: the hub repository of a base name, or what was given."""
-    return SOURCES[base][0] if base in SOURCES else base
+    name, _, _ = base.partition("@")
+    return SOURCES[name][0] if name in SOURCES else base
 
 
 def load_model(
@@ -93,20 +95,24 @@ def put(model: LLaVA, name: str, stored: Stored, dtype: torch.dtype, device: tor
 
 
 def resolve(base: str, weights: Path | None = None, patterns: tuple[str, ...] = HUB_FILES) -> Path:
-    """Base name or path -> checkpoint folder: `weights`, else $NANOMDPO_WEIGHTS/<base>, else the hub's `patterns`."""
+    """Base name or path -> checkpoint folder: `weights`, else $NANOMDPO_WEIGHTS/<base>, else the hub's `patterns`.
+
+    <base>@<revision> is that commit, tag or branch of the hub's repository, wherever another one lies.
+    """
+    name, _, revision = base.partition("@")
     if base == "toy" and not weights:
         return toy_base()
-    if weights or base not in SOURCES:
+    if weights or name not in SOURCES:
         folder = Path(weights or base)
         if not (folder / "config.json").is_file():
             known = "" if weights else f" Bases known by name: {', '.join(SOURCES)}, toy."
             raise SystemExit(f"{folder}: no checkpoint folder (no config.json in it).{known}")
         return folder
     root = os.environ.get(WEIGHTS_VARIABLE)
-    if root and (Path(root) / base / "config.json").is_file():
-        return Path(root) / base
-    repository, size = SOURCES[base]
-    return from_hub(repository, size, patterns)
+    if root and not revision and (Path(root) / name / "config.json").is_file():
+        return Path(root) / name
+    repository, size = SOURCES[name]
+    return from_hub(repository, size, patterns, revision or None)
 
 
 def toy_base() -> Path:
@@ -117,9 +123,14 @@ def toy_base() -> Path:
     return made[0].parent
 
 
-def from_hub(repository: str, size: str, patterns: tuple[str, ...] = HUB_FILES) -> Path:
+def from_hub(
+    repository: str,
+    size: str,
+    patterns: tuple[str, ...] = HUB_FILES,
+    revision: str | None = None,
+) -> Path:
     own = "its folder with --weights DIR (--vision-weights DIR for a vision tower)"
-    return hub.download(repository, patterns, "model", f"{repository} ({size})", own)
+    return hub.download(repository, patterns, "model", f"{repository} ({size})", own, revision)
 
 
 def vision_folder(folder: Path, vision: Path | None) -> Path | None:

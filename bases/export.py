@@ -231,7 +231,7 @@ def copy_other_files(folder: Path, out: Path, dtype: torch.dtype) -> None:
 
 def parse_args(argv=None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--base", required=True, help=f"{', '.join(checkpoint.SOURCES)}, or a checkpoint folder")
+    p.add_argument("--base", required=True, help=checkpoint.BASE_HELP)
     p.add_argument("--weights", type=Path, help="folder of the base's checkpoint, instead of the hub's cache")
     p.add_argument("--vision-weights", type=Path, help="CLIP or SigLIP folder, for layouts without the vision tower")
     p.add_argument("--adapter", type=Path, help="run folder or PEFT folder; none: only the layout changes")

@@ -10,6 +10,7 @@ def download(
     repo_type: str = "dataset",
     what: str = "",
     own: str = "a file or folder of your own",
+    revision: str | None = None,
 ) -> Path:
     """Folder with the files of a repository that match; what is fetched, its size and licence are printed first.
 
@@ -19,9 +20,9 @@ def download(
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HTTPError
 
-    wanted = {"repo_type": repo_type, "allow_patterns": list(patterns)}
+    wanted = {"repo_type": repo_type, "allow_patterns": list(patterns), "revision": revision}
     try:
-        info = HfApi().repo_info(repository, repo_type=repo_type, files_metadata=True)
+        info = HfApi().repo_info(repository, revision=revision, repo_type=repo_type, files_metadata=True)
     except (OSError, HTTPError) as e:
         try:
             folder = Path(snapshot_download(repository, local_files_only=True, **wanted))

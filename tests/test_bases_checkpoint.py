@@ -6,14 +6,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import EOS_ID, IMAGE_ID, LAYOUTS, PAD_ID, batch, llava, write_hub, write_in_memory, write_original
 
 from bases.architectures import read_config
-from bases.checkpoint import load_base, load_model, resolve
+from bases.checkpoint import load_base, load_model, resolve, source_of
 from model import Config
 
 
@@ -111,6 +113,29 @@ def test_resolve(hub, tmp_path, monkeypatch):
     assert resolve("llava-1.5-7b", hub) == hub  # a folder that is given wins
     with pytest.raises(SystemExit, match=r"llava-1\.5-7c.*no config\.json.*llava-1\.5-7b, llava-1\.5-13b, bunny"):
         resolve("llava-1.5-7c")
+
+
+def test_a_revision_of_the_hub(hub, tmp_path, monkeypatch):
+    """NAME@REVISION is asked of the hub, even where another revision lies ready."""
+    asked = []
+    info = SimpleNamespace(sha="c0ffee00", siblings=[SimpleNamespace(rfilename="config.json", size=1)], card_data=None)
+
+    def repo_info(self, repository, **settings):
+        asked.append((repository, settings["revision"]))
+        return info
+
+    def snapshot_download(repository, **settings):
+        asked.append((repository, settings["revision"]))
+        return str(hub)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", repo_info)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setenv("NANOMDPO_WEIGHTS", str(tmp_path))
+    shutil.copytree(hub, tmp_path / "llava-1.5-7b")
+    assert resolve("llava-1.5-7b@c0ffee") == hub
+    assert asked == [("llava-hf/llava-1.5-7b-hf", "c0ffee")] * 2
+    assert source_of("llava-1.5-7b@c0ffee") == "llava-hf/llava-1.5-7b-hf"
+    assert resolve(f"{hub}") == hub and source_of(f"{hub}@x") == f"{hub}@x"
 
 
 def test_the_toy_is_found_where_training_made_it(hub, tmp_path, monkeypatch):
