@@ -14,6 +14,7 @@ Deviations:
 Run: python -m evals.amber --answers amber_g.jsonl amber_d.jsonl --data AMBER/data --tagger DIR --similarity pairs.json
 """
 
+import importlib.util
 import operator
 import re
 from collections import defaultdict
@@ -28,7 +29,12 @@ from external import files
 SCORER = "evals.amber 1"
 WORD = re.compile(r"[A-Za-z0-9]+(?:[-./'][A-Za-z0-9]+)*(?<!'s)|'[A-Za-z]+|[^\sA-Za-z0-9]")
 PUBLISHED_MODEL = "en_core_web_lg"  # spaCy's, whose similarity AMBER's script asks
+TAGGER_PARTS = ("weights", "tagdict", "classes")  # files of averaged_perceptron_tagger_eng
 ATTRIBUTES = ("state", "number", "action")
+
+
+def has_nltk() -> bool:
+    return importlib.util.find_spec("nltk") is not None
 
 
 def load_tagger(folder: str) -> Callable[[str], list[str]]:
@@ -39,7 +45,7 @@ def load_tagger(folder: str) -> Callable[[str], list[str]]:
     except ImportError as error:
         raise SystemExit("--tagger needs nltk: pip install nltk (or --no-tagger for a smoke test).") from error
     parts = {}
-    for part in ("weights", "tagdict", "classes"):
+    for part in TAGGER_PARTS:
         path = Path(folder) / f"averaged_perceptron_tagger_eng.{part}.json"
         if not path.is_file():
             raise SystemExit(f"{path}: no such file; it is in nltk_data's taggers/averaged_perceptron_tagger_eng.zip.")

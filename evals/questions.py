@@ -24,6 +24,7 @@ from typing import NamedTuple
 import pictures
 from data import BadRow, bare_question
 from evals.pope import VERSIONS as POPE_VERSIONS
+from evals.stats import UNKNOWN_VERSION
 from external import files
 from external.progress import progress
 
@@ -202,7 +203,7 @@ def version(benchmark: str, file: Path, strict: bool) -> str:
         if strict:
             raise SystemExit(message)
         print(f"warning: {message}")
-    return f"{benchmark}, {name or 'UNKNOWN VERSION'}, sha256 {digest[:16]}"
+    return f"{benchmark}, {name or UNKNOWN_VERSION}, sha256 {digest[:16]}"
 
 
 def make(benchmark: str, file: Path, strict: bool) -> list[dict]:

@@ -1,6 +1,6 @@
 """AMBER's similar words, made once with spaCy's en_core_web_lg, so that scoring needs neither.
 
-    python -m venv spacy && spacy/bin/pip install spacy
+    python -m venv spacy && spacy/bin/pip install spacy tqdm numpy
     spacy/bin/python -m spacy download en_core_web_lg
     spacy/bin/python -m evals.similarity --data AMBER/data --out amber_pairs.json
 

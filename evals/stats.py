@@ -17,6 +17,7 @@ import numpy as np
 from external import files
 
 SEED, RESAMPLES = 0, 1000  # of every bootstrap
+UNKNOWN_VERSION = "UNKNOWN VERSION"  # in the `source` of questions whose file is not a published one
 CUT_SHARE = 0.5  # from this share of answers that were cut off on, a result says so
 # ours; POPE, Object HalBench and LLaVA; AMBER; COCO caption files; a filled MMHal template. The first in a row counts.
 ANSWER_KEYS = ("answer", "text", "response", "caption", "model_answer")
@@ -158,6 +159,9 @@ def header(scorer: str, protocol: str, paths: list[str], rows: list[dict], n_exp
     if (result["share_at_token_limit"] or 0) >= CUT_SHARE:
         cut = f"{100 * result['share_at_token_limit']:.0f} % of the answers were cut off by --max-new-tokens"
         not_comparable(result, f"{cut}: the model does not end them, or the limit is too low")
+    sources = {str(row.get("source", "")) for row in rows}
+    if unknown := sorted(source for source in sources if UNKNOWN_VERSION in source):
+        not_comparable(result, f"questions of an unpublished version ({', '.join(unknown)})")
     if n_expected not in (None, n):
         not_comparable(result, f"{n} rows, the official set has {n_expected}: not comparable with published numbers")
     return result

@@ -90,14 +90,19 @@ def printable(text: str, length: int = 300) -> str:
 # ---- one request ---------------------------------------------------------------------------------------------------
 
 
-def connect(endpoint: Endpoint):
-    """An openai client that follows no redirect, which would carry the key to another host, and has both limits."""
+def import_openai():
+    """The optional package and the HTTP client it brings. SystemExit with the command if it is not there."""
     try:
         import httpx2
         import openai
     except ImportError:
         raise SystemExit("Asking a language model needs the openai package: pip install 'openai>=3.50'.") from None
+    return httpx2, openai
 
+
+def connect(endpoint: Endpoint):
+    """An openai client that follows no redirect, which would carry the key to another host, and has both limits."""
+    httpx2, openai = import_openai()
     key = read_key()
 
     class Limited(httpx2.AsyncHTTPTransport):
@@ -192,7 +197,7 @@ def ask_all(requests: dict[str, dict], path: str, check: Callable[[str], object]
     answers, another prompt or another model is refused, not scored.
     """
     if endpoint.url:
-        check_url(endpoint.url)
+        check_endpoint(endpoint.url)
     marks = {key: {"key": key, "request_sha256": body_hash(body)} for key, body in requests.items()}
     saved = read_saved(path, marks, endpoint.model)
     missing = [key for key in requests if key not in saved]
@@ -209,7 +214,8 @@ def ask_all(requests: dict[str, dict], path: str, check: Callable[[str], object]
     return [saved[key] for key in requests]
 
 
-def check_url(url: str) -> None:
+def check_endpoint(url: str) -> None:
+    """SystemExit if nothing can be asked there: a wrong address, an odd key, a package that is not installed."""
     if not url.startswith(("http://", "https://")):
         raise SystemExit(
             f"{printable(url)}: the endpoint must start with http:// or https://, such as https://host/v1."
@@ -217,6 +223,8 @@ def check_url(url: str) -> None:
     parts = urllib.parse.urlsplit(url)
     if parts.username or parts.query:  # not shown: it may be a password
         raise SystemExit(f"The endpoint's address must have no user and no ?query; a key goes into {KEY_VARIABLE}.")
+    read_key()
+    import_openai()
 
 
 def body_hash(body: dict) -> str:

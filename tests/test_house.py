@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "formats": f"{METHOD} bases external",
     "generate": f"{METHOD} bases external",
     "eval_chair": f"{METHOD} generate bases evals external",  # evals: the statistics all scorers share
-    "evals": f"{METHOD} generate bases external",
+    "evals": f"{METHOD} generate bases eval_chair external",  # eval_chair: table1 runs every scorer
     "toy": f"{METHOD} generate eval_chair evals bases formats external",
     "pds": f"{METHOD} generate eval_chair evals bases formats external",
     "train": f"{METHOD} formats bases engine external toy",
