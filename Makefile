@@ -2,10 +2,13 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo pds-demo test test-slow lint format clean
 
 demo: .venv/plot
 	$(BIN)/python -m lab.demo
+
+pds-demo: .venv/pds
+	$(BIN)/python -m lab.pds_demo
 
 test: .venv/dev
 	$(BIN)/python -m pytest -m "not slow"

@@ -24,10 +24,11 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from bases import checkpoint, layouts
-from bases.configs import Fields, read_theta, rope_fields
+from bases import tensors
+from bases.configs import Fields, read_rope, rope_fields
 from external import files, hub
 from model import Config, Decoder, causal
+from pds import runner
 
 REPOSITORY = "RLHFlow/ArmoRM-Llama3-8B-v0.1"
 ARCHITECTURE = "LlamaForRewardModelWithGating"
@@ -199,7 +200,7 @@ def read_config(folder: Path) -> Sizes:
         kv_heads=c.whole("num_key_value_heads", 0),
         ffn=c.whole("intermediate_size", 0),
         eps=c.number("rms_norm_eps", 0, most=0.1),
-        rope_theta=read_theta(c),
+        rope_theta=read_rope(c, "rope_theta", 0, most=1e9),
     )
     return Sizes(
         body=body,
@@ -210,13 +211,13 @@ def read_config(folder: Path) -> Sizes:
     )
 
 
-def find_tensors(folder: Path) -> dict[str, checkpoint.Stored]:
+def find_tensors(folder: Path) -> dict[str, tensors.Stored]:
     """name -> where it is."""
-    weights_files, _ = checkpoint.shard_files(folder)
+    weights_files, _ = tensors.shard_files(folder)
     found = {}
     for file in weights_files:
-        for name, shape in checkpoint.read_shapes(file).items():
-            found[name] = checkpoint.Stored(file, name, shape)
+        for stored in tensors.read_stored(file):
+            found[stored.name] = stored
     return found
 
 
@@ -227,16 +228,12 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") 
     with torch.device("meta"):
         model = ArmoRM(sizes.body, sizes.hidden, sizes.n_hidden, sizes.temperature)
     wanted = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
-    missing = [name for name in wanted if name not in stored]
-    wrong = [f"{name} {stored[name].shape} instead of {shape}" for name, shape in wanted.items()
-             if name in stored and stored[name].shape != shape]  # fmt: skip
-    layouts.refuse_misfits(f"{folder}: the weights do not fit; no score comes from a random tensor", missing, [], wrong)
-    if surplus := [name for name in stored if name not in wanted]:
-        print(f"{folder}: {len(surplus)} tensors are not used: {', '.join(surplus[:10])}")
+    runner.refuse_misfits(folder, wanted, {name: tensor.shape for name, tensor in stored.items()})
     for name in wanted:
         own_dtype = dtype if name.startswith("model.") else torch.float32  # the heads
         parent, _, leaf = name.rpartition(".")
-        tensor = checkpoint.read_tensor(stored[name], own_dtype, device)
+        tensor = tensors.read_tensor(stored[name], own_dtype, device)
+        tensors.check_finite(tensor, f"{folder}: {name}")
         setattr(model.get_submodule(parent), leaf, nn.Parameter(tensor, requires_grad=False))
     file = folder / "tokenizer.json"
     if not file.is_file():

@@ -88,9 +88,12 @@ def model_rows(stages: list[Stage]) -> list[list]:
     for stage in reversed(stages):
         for model in models(stage.settings):
             name = str(model["model"])
-            revision = model.get("revision") or f"weights {model.get('weights_sha256', 'not on this machine')}"
+            weights = model.get("weights_sha256")  # none: the grammar, the templates, a model behind an endpoint
+            revision = model.get("revision") or (f"weights {weights}" if weights else "-")
             shown = Path(name).name if Path(name).is_absolute() else name  # no folder of this machine in a public file
-            rows.append([stage.name, shown, revision, LICENCES.get(name, UNKNOWN)])
+            row = [stage.name, shown, revision, LICENCES.get(name, UNKNOWN)]
+            if row not in rows:
+                rows.append(row)
     return rows
 
 

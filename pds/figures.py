@@ -5,7 +5,7 @@ Not from a paper but for what the figures show. Run: `python -m pds.analyse ... 
 
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import pictures
 from external import files
@@ -71,6 +71,7 @@ def responder_chart(responders: dict, file: Path) -> None:
         axes.bar([place + 0.4 * i - 0.2 for place in range(len(responders))], [r[side] for r in responders.values()],
                  0.36, label=side)  # fmt: skip
     axes.set_xticks(range(len(responders)), list(responders))
+    axes.yaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False)
     save(figure, file)
 
@@ -109,7 +110,7 @@ def thumbnail(path: Path) -> Image.Image:
     except ValueError as error:
         ImageDraw.Draw(cell).text((8, CELL // 2), str(error)[:32], "black", ImageFont.load_default(13))
         return cell
-    image.thumbnail((CELL, CELL), Image.Resampling.LANCZOS)
+    image = ImageOps.contain(image, (CELL, CELL), Image.Resampling.LANCZOS)
     cell.paste(image, ((CELL - image.width) // 2, (CELL - image.height) // 2))
     return cell
 

@@ -26,8 +26,8 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 
-from bases import layouts
 from external import files, hub
+from pds import runner
 
 MAX_LENGTH = 35  # tokens of a caption, [CLS] and [SEP] included: BLIP's setting for videos
 REWARD_MEAN, REWARD_STD = 0.16717362830052426, 1.0333394966054072  # of the raw numbers on its training set
@@ -313,16 +313,14 @@ def read_state(file: Path) -> dict[str, Tensor]:
 
 
 def load_strictly(model: nn.Module, state: dict[str, Tensor], file: Path) -> None:
-    """Every tensor from the file. SystemExit names those missing or of another shape; surplus ones are printed."""
+    """Every tensor from the file, or SystemExit. Tensors of the other score are left out without a word."""
     wanted = model.state_dict()
-    missing = [name for name in wanted if name not in state]
-    wrong = [f"{name} {tuple(state[name].shape)} instead of {tuple(tensor.shape)}" for name, tensor in wanted.items()
-             if name in state and state[name].shape != tensor.shape]  # fmt: skip
-    layouts.refuse_misfits(f"{file}: the weights do not fit; no score comes from a random tensor", missing, [], wrong)
-    known = ("blip.vision_proj.", "blip.text_proj.", "mlp.")  # of one score or the other
-    surplus = [name for name in state if name not in wanted and not name.startswith(known) and not UNUSED.search(name)]
-    if surplus:
-        print(f"{file}: {len(surplus)} tensors are not used: {', '.join(surplus[:10])}")
+    others = ("blip.vision_proj.", "blip.text_proj.", "mlp.")
+    found = {}
+    for name, tensor in state.items():
+        if name in wanted or not (name.startswith(others) or UNUSED.search(name)):
+            found[name] = tuple(tensor.shape)
+    runner.refuse_misfits(file, {name: tuple(tensor.shape) for name, tensor in wanted.items()}, found)
     model.load_state_dict({name: state[name] for name in wanted})
 
 

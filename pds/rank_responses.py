@@ -19,8 +19,7 @@ from pathlib import Path
 
 import torch
 
-from external import files, hub
-from pds import armorm, candidates, runner
+from pds import armorm, candidates, library, runner
 from pds.runner import Row
 
 NEEDED = {"prompt": str, "responder": str, "answer": str}
@@ -65,32 +64,11 @@ class Classifier:
 
 
 def load_classifier(folder: Path, dtype: torch.dtype, device: str) -> Classifier:
-    """A folder -> the classifier. SystemExit if it wants code of its own, or if a weight would stay random."""
-    transformers = runner.optional("transformers")
-    config = files.read_json(folder / "config.json", dict)
-    if "auto_map" in config:
-        raise SystemExit(f"{folder}/config.json wants remote code ({config['auto_map']}), which is not run here")
-    try:
-        model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
-        )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise SystemExit(f"{folder}: not a sequence classifier that can be used ({error})") from None
-    lacking = sorted(str(name) for what in ("missing_keys", "mismatched_keys") for name in info[what])
-    if lacking:
-        raise SystemExit(f"{folder}: no weights for {', '.join(lacking[:10])}; no score comes from a random tensor")
+    """A folder -> the classifier. SystemExit if it cannot be trusted to be a reward model."""
+    model = library.load("sequence classifier", folder, dtype, device)
     if model.config.num_labels != 1:
         raise SystemExit(f"{folder}: {model.config.num_labels} outputs; a reward model has one")
-    return Classifier(model.to(device).eval(), tokenizer)
-
-
-def find_classifier(name: str) -> Path:
-    if (Path(name) / "config.json").is_file():
-        return Path(name)
-    if Path(name).exists() or name.count("/") != 1:
-        raise SystemExit(f"--classifier {name}: neither a folder with a config.json nor a name on the hub")
-    return hub.download(name, ("*.json", "*.safetensors", "*.model", "*.jinja"), "model", name, "--classifier FOLDER")
+    return Classifier(model, runner.optional("transformers").AutoTokenizer.from_pretrained(folder))
 
 
 # ---- the stage -----------------------------------------------------------------------------------------------------
@@ -137,7 +115,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 def main(argv=None) -> None:
     args = parse_args(argv)
     inputs = [as_exported(row) for row in runner.read_inputs(args.input, NEEDED)]
-    folder = find_classifier(args.classifier) if args.classifier else armorm.find_folder(args.armorm)
+    folder = library.find(args.classifier, "--classifier") if args.classifier else armorm.find_folder(args.armorm)
     name = args.classifier or str(args.armorm or armorm.REPOSITORY)
     settings = {
         "stage": "rank_responses",

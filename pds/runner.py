@@ -45,6 +45,12 @@ class Work(NamedTuple):
 
     do: Callable[[list[Row]], list[Row]]
     row_bytes: int  # memory that one row of a batch takes, roughly
+    rows: int | None = None  # rows at once, where memory does not decide it
+
+
+def each_row(make: Callable[[Row], Row]) -> Work:
+    """Work that needs no batches: `make` turns a row into the same with more keys, in no time."""
+    return Work(lambda rows: [make(row) for row in rows], row_bytes=1, rows=1000)
 
 
 # ---- rows ----------------------------------------------------------------------------------------------------------
@@ -268,7 +274,7 @@ def run(
         done |= {row_key(row): row for row in passed_on}
         if todo:
             work = load()
-            size = batch_size(args.batch, work.row_bytes)
+            size = batch_size(args.batch or work.rows, work.row_bytes)
             with progress(what="rows", total=len(chosen), done=len(chosen) - len(todo)) as bar:
                 for results in in_batches(todo, work, size):
                     log.append(results)
@@ -357,3 +363,22 @@ def describe_model(name: str, folder: Path, weights: list[Path]) -> dict:
     from_hub = folder.parent.name == "snapshots"
     revision = folder.name if from_hub else None
     return {"model": name, "revision": revision, "weights_sha256": digest.hexdigest()[:16]}
+
+
+def refuse_misfits(where: Path, wanted: dict[str, tuple], found: dict[str, tuple]) -> None:
+    """name -> shape of what a model has and of what a file holds. SystemExit names what is missing or of another shape.
+
+    What the model does not have is only printed: it changes no score.
+    """
+    problems = [f"{name} is missing" for name in wanted if name not in found]
+    for name, shape in wanted.items():
+        if name in found and found[name] != shape:
+            problems.append(f"{name} is {found[name]} instead of {shape}")
+    if problems:
+        named = "\n  ".join(problems[:10])
+        raise SystemExit(
+            f"{where}: {len(problems)} tensors do not fit, and no score may come from a random one:\n  {named}"
+        )
+    surplus = [name for name in found if name not in wanted]
+    if surplus:
+        print(f"{where}: {len(surplus)} tensors are not used: {', '.join(surplus[:10])}")

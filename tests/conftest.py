@@ -113,10 +113,22 @@ def pairs_file(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_judges(tmp_path_factory):
     """A folder with a tiny ImageReward, ArmoRM and CLIP in the published layouts."""
-    from pds import demo
+    from pds import tiny
 
     folder = tmp_path_factory.mktemp("judges")
-    demo.write_imagereward(folder / "imagereward")
-    demo.write_armorm(folder / "armorm")
-    demo.write_clip(folder / "clip")
+    tiny.write_imagereward(folder / "imagereward")
+    tiny.write_armorm(folder / "armorm")
+    tiny.write_clip(folder / "clip")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_generators(tmp_path_factory):
+    """A folder with a tiny StableDiffusion3Pipeline and an untrained base of the toy world's shape."""
+    from lab import pds_demo
+    from pds import tiny
+
+    folder = tmp_path_factory.mktemp("generators")
+    tiny.write_sd3(folder / "sd3")
+    pds_demo.write_base(folder / "base")
     return folder

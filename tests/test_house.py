@@ -107,6 +107,6 @@ def test_files_stay_short(file):
 
 def test_chapters_together_are_an_afternoon():
     assert sum(len((ROOT / f"{name}.py").read_text().splitlines()) for name in CHAPTERS) <= 2800
-    most = dict.fromkeys(ROOMS, 12) | {"pds": 16, "bases": 13}  # pds: eight stages, each a command, and their judges
+    most = dict.fromkeys(ROOMS, 12) | {"pds": 18, "bases": 13}  # pds: eight stages, each a command, and their judges
     found = {room: len(list((ROOT / room).glob("*.py"))) - 1 for room in ROOMS}  # without __init__
     assert {room: n for room, n in found.items() if n > most[room]} == {}

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-from pds import armorm, demo
+from pds import armorm, tiny
 
 QUESTION = "What is in the picture?"
 ANSWERS = ["A red boat.", "The picture shows a small house\n\nwith a tall tree.", "", "<|eot_id|> a dog"]
@@ -153,12 +153,12 @@ def test_the_heads_stay_float32_over_a_bfloat16_body(tiny_judges, judge):
 
 @pytest.fixture
 def broken(tmp_path):
-    return demo.write_armorm(tmp_path / "armorm")
+    return tiny.write_armorm(tmp_path / "armorm")
 
 
 @pytest.mark.parametrize("name, shape, message", [
-    ("gating.layers.2.bias", None, r"1 missing: gating\.layers\.2\.bias"),
-    ("regression_layer.weight", (1, 32), r"regression_layer\.weight \(1, 32\) instead of \(19, 32\)"),
+    ("gating.layers.2.bias", None, r"gating\.layers\.2\.bias is missing"),
+    ("regression_layer.weight", (1, 32), r"regression_layer\.weight is \(1, 32\) instead of \(19, 32\)"),
 ])  # fmt: skip
 def test_a_head_that_is_not_there_is_never_random(broken, name, shape, message):
     state = load_file(broken / "model.safetensors")

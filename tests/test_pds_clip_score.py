@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from pds import clip_score, demo
+from pds import clip_score, tiny
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def test_openais_weights_need_the_quickgelu_name():
 
 
 def test_weights_that_do_not_fit_are_refused(tmp_path):
-    folder = demo.write_clip(tmp_path / "clip")
+    folder = tiny.write_clip(tmp_path / "clip")
     state = load_file(folder / "open_clip_model.safetensors")
     del state["visual.proj"]
     save_file(state, folder / "open_clip_model.safetensors")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pds import demo, imagereward
+from pds import imagereward, tiny
 
 
 @pytest.fixture(scope="module")
@@ -180,8 +180,8 @@ def rewritten(tiny_judges, folder, change) -> imagereward.Files:
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda s: s.pop("mlp.layers.4.weight"), r"1 missing: mlp\.layers\.4\.weight"),
-    (lambda s: s.update({"mlp.layers.7.bias": torch.zeros(2)}), r"1 of wrong shape: mlp\.layers\.7\.bias \(2,\)"),
+    (lambda s: s.pop("mlp.layers.4.weight"), r"mlp\.layers\.4\.weight is missing"),
+    (lambda s: s.update({"mlp.layers.7.bias": torch.zeros(2)}), r"mlp\.layers\.7\.bias is \(2,\) instead of \(1,\)"),
     (lambda s: s.pop("blip.visual_encoder.pos_embed"), "missing: visual_encoder.pos_embed"),
 ])  # fmt: skip
 def test_weights_that_do_not_fit_are_refused_by_name(tiny_judges, tmp_path, change, message):
@@ -226,5 +226,5 @@ def test_heads_that_are_not_64_wide_must_be_told(tiny_judges, tmp_path):
 def test_the_tiny_models_tell_pictures_apart(found):
     images = [Image.new("RGB", (40, 50), colour) for colour in ("red", "blue", "white")]
     assert (
-        len({round(score, 3) for score in imagereward.load_imagereward(found).score([demo.TEXTS[0]] * 3, images)}) == 3
+        len({round(score, 3) for score in imagereward.load_imagereward(found).score([tiny.TEXTS[0]] * 3, images)}) == 3
     )

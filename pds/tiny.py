@@ -135,3 +135,74 @@ def write_clip(folder: Path, seed: int = 0) -> Path:
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     save_file(state, folder / "open_clip_model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+# ---- generators ----------------------------------------------------------------------------------------------------
+
+
+def write_sd3(folder: Path, seed: int = 0) -> Path:
+    """A StableDiffusion3Pipeline that paints 32 x 32 pixels: both CLIPs, T5, the transformer, a VAE of one level."""
+    diffusers, transformers = runner.optional("diffusers"), runner.optional("transformers")
+    letters = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {piece: i for i, piece in enumerate(letters)}
+    start, end = len(letters) - 2, len(letters) - 1
+    clip_tokenizer = transformers.CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("\u2581", -2.0), *((letter, -3.0) for letter in LETTERS)]
+    t5_tokenizer = transformers.T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=256)
+    clip_sizes = transformers.CLIPTextConfig(
+        vocab_size=len(letters),
+        hidden_size=32,
+        intermediate_size=37,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        projection_dim=32,
+        max_position_embeddings=77,
+        bos_token_id=start,
+        eos_token_id=end,
+        pad_token_id=end,
+    )
+    t5_sizes = transformers.T5Config(
+        vocab_size=len(pieces),
+        d_model=64,
+        d_kv=8,
+        d_ff=37,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        pipeline = diffusers.StableDiffusion3Pipeline(
+            transformer=diffusers.SD3Transformer2DModel(
+                sample_size=32,
+                patch_size=2,
+                in_channels=4,
+                out_channels=4,
+                num_layers=2,
+                attention_head_dim=8,
+                num_attention_heads=4,
+                joint_attention_dim=64,  # T5's
+                caption_projection_dim=32,  # heads x head size
+                pooled_projection_dim=64,  # both CLIPs' projections
+                pos_embed_max_size=32,
+            ),
+            vae=diffusers.AutoencoderKL(
+                block_out_channels=(8,),
+                layers_per_block=1,
+                latent_channels=4,
+                norm_num_groups=1,
+                use_quant_conv=False,
+                use_post_quant_conv=False,
+                shift_factor=0.0609,
+                scaling_factor=1.5035,
+            ),
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+            text_encoder=transformers.CLIPTextModelWithProjection(clip_sizes),
+            text_encoder_2=transformers.CLIPTextModelWithProjection(clip_sizes),
+            text_encoder_3=transformers.T5EncoderModel(t5_sizes),
+            tokenizer=clip_tokenizer,
+            tokenizer_2=clip_tokenizer,
+            tokenizer_3=t5_tokenizer,
+        )
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    return folder
