@@ -42,7 +42,7 @@ from engine.device import autocast_for, choose_device, compile_blocks, has_flash
 from engine.memory import Room, find_room
 from engine.run_folder import Run, describe, probe
 from engine.sharding import shard as shard_base
-from external.flags import names_of, number, whole
+from external.flags import names_of, number, refuse_foreign, whole
 from formats import hub_data
 from formats.problems import Demands, examine, usable
 from formats.readers import read_pairs
@@ -332,7 +332,6 @@ def parse_args(argv=None) -> argparse.Namespace:
     g.add_argument("--micro-batch", type=whole(1), default=1, help="pairs per forward of the plain path")
     g.add_argument("--resume", action="store_true", help="go on after the last checkpoint of the run in --out")
     g.add_argument("--save-every", type=whole(1), help="steps between checkpoints; else ten minutes and each epoch")
-
     g.add_argument("--shard", action="store_true", help="under torchrun: the frozen base in pieces over the GPUs")
 
     g = p.add_argument_group("speed (engine/)")
@@ -342,6 +341,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     g.add_argument("--compile", action=yes_no, help="torch.compile the decoder block; with --pack, on Ampere or newer")
     g.add_argument("--checkpointing", type=layers, help="recompute none, full or N layers; on CUDA as few as fit")
 
+    refuse_foreign(p, argv)
     # the recipe's settings are defaults: a flag that is given wins
     chosen, _ = p.parse_known_args(argv)
     p.set_defaults(**RECIPES[chosen.recipe] | (toy.SETTINGS if chosen.base == "toy" else {}))

@@ -2,7 +2,50 @@
 
 import argparse
 import math
+import sys
 from collections.abc import Callable
+
+FOREIGN = {  # flags of TRL and LLaMA-Factory, and what says the same here; differences stand in docs/flags.md
+    "--model_name_or_path": "--base",
+    "--dataset_name": "--data",
+    "--dataset": "--data",
+    "--dataset_dir": "--data",
+    "--media_dir": "--image-root",
+    "--output_dir": "--out",
+    "--per_device_train_batch_size": "--batch and --micro-batch",
+    "--gradient_accumulation_steps": "--batch and --micro-batch",
+    "--learning_rate": "--lr",
+    "--num_train_epochs": "--epochs",
+    "--max_steps": "--max-steps",
+    "--warmup_ratio": "--warmup",
+    "--warmup_steps": "--warmup",
+    "--weight_decay": "--weight-decay",
+    "--adam_beta2": "--adam-beta2",
+    "--max_grad_norm": "--clip",
+    "--loss_type": "--recipe and --terms",
+    "--pref_loss": "--recipe and --terms",
+    "--pref_beta": "--beta",
+    "--lora_r": "--lora-r",
+    "--lora_rank": "--lora-r",
+    "--lora_alpha": "--lora-alpha",
+    "--max_length": "--max-length",
+    "--cutoff_len": "--max-length",
+    "--precompute_ref_log_probs": "--reference cached",
+    "--padding_free": "--pack",
+    "--gradient_checkpointing": "--checkpointing",
+    "--bf16": "--dtype bfloat16",
+    "--dataloader_num_workers": "--workers",
+    "--save_steps": "--save-every",
+    "--resume_from_checkpoint": "--resume",
+}
+
+
+def refuse_foreign(parser: argparse.ArgumentParser, argv: list[str] | None) -> None:
+    """Ends the command where a flag is another trainer's name for one of ours; `argv` as argparse takes it."""
+    for word in sys.argv[1:] if argv is None else argv:
+        flag = word.partition("=")[0]
+        if flag in FOREIGN:
+            parser.error(f"{flag}: here {FOREIGN[flag]} (docs/flags.md)")
 
 
 def whole(low: int, high: float = math.inf) -> Callable[[str], int]:

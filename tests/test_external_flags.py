@@ -1,10 +1,16 @@
 """Flags that are out of range are refused with the range; those inside are taken."""
 
 import argparse
+import re
+import sys
+from pathlib import Path
 
 import pytest
 
+import train
 from external import flags
+
+PAGE = (Path(__file__).parent.parent / "docs" / "flags.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -39,3 +45,43 @@ def test_taken(kind, text, value):
 def test_refused(kind, text, said):
     with pytest.raises(argparse.ArgumentTypeError, match=said):
         kind(text)
+
+
+# ---- other trainers' names -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (
+            ["--per_device_train_batch_size", "4"],
+            "--per_device_train_batch_size: here --batch and --micro-batch (docs/flags.md)",
+        ),
+        (["--base", "toy", "--learning_rate=1e-5"], "--learning_rate: here --lr (docs/flags.md)"),
+        (["--base", "toy", "--lora_rank", "8"], "--lora_rank: here --lora-r (docs/flags.md)"),
+    ],
+)
+def test_another_trainers_flag_is_answered_with_ours(words, said, capsys, monkeypatch):
+    with pytest.raises(SystemExit) as end:
+        train.parse_args(words)
+    assert end.value.code == 2
+    assert said in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["train.py", *words])
+    with pytest.raises(SystemExit):
+        train.parse_args()
+    assert said in capsys.readouterr().err
+
+
+def test_what_they_are_called_here_exists_and_is_on_the_page(capsys):
+    with pytest.raises(SystemExit):
+        train.parse_args(["--help"])
+    ours = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+    rows = [line.split("|") for line in PAGE.splitlines() if line.startswith("| `") or line.startswith("| |")]
+    assert len(rows) > 20
+    for foreign, here in flags.FOREIGN.items():
+        named = set(re.findall(r"--[\w-]+", here))
+        assert named <= ours, foreign
+        name = f"`{foreign.removeprefix('--')}`"
+        assert any(name in "".join(row[1:3]) and named <= set(re.findall(r"--[\w-]+", row[3])) for row in rows), foreign
+    on_the_page = {flag for row in rows for flag in re.findall(r"--[\w-]+", row[3])}
+    assert on_the_page <= ours
