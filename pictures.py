@@ -61,8 +61,8 @@ def open_image(source: Path | bytes) -> Image.Image:
             if image.mode in ("I", "F"):
                 raise ValueError(f"32-bit greys (mode {image.mode}), whose white level is not known")
             if image.mode.startswith("I;16"):
-                levels = np.asarray(image) >> 8  # 0-65535 -> 0-255
-                image = Image.fromarray(levels.astype(np.uint8))
+                greys = np.asarray(image) >> 8  # 0-65535 -> 0-255
+                image = Image.fromarray(greys.astype(np.uint8))
             return image.convert("RGB")
     except FileNotFoundError:
         raise ValueError("missing image") from None

@@ -20,7 +20,14 @@ from formats.problems import Examined, usable
 def measure(args: argparse.Namespace, examined: Examined, processor: Processor) -> None:
     """Times args.pairs examples, after as many as the workers need to start."""
     good = usable(examined, skip_bad=True)
-    data = PairData(good, processor, examined.strategy, args.seed, max_length=args.max_length)
+    data = PairData(
+        good,
+        processor,
+        strategy=examined.strategy,
+        seed=args.seed,
+        with_image=examined.demands.with_image,
+        max_length=args.max_length,
+    )
     first = 4 * max(1, args.workers)
     total = first + args.pairs
     sampler = EpochSampler(len(data), epochs=math.ceil(total / len(data)), seed=args.seed)

@@ -96,6 +96,7 @@ def test_golden_prompt_and_mask():
     assert batch.chosen.response_mask.tolist() == [[False] * len(prompt) + [True] * 12]
     assert batch.rejected.response_mask.tolist() == [[False] * len(prompt) + [True] * 4]
     assert token_lengths(pair(), PROCESSOR) == (len(prompt), 12, 4)
+    assert PROCESSOR.response_ids(" \n No\t") == PROCESSOR.response_ids("No") == ids(" No") + [2]
 
 
 def test_the_datas_own_system_text_stands_in_the_prompt():
