@@ -1,0 +1,49 @@
+"""The GPU's checks in miniature on a CPU: their own code works, and a wrong number is a FAIL."""
+
+import pytest
+import torch
+
+from bench import gpu_check, gpu_correct
+from bench.measuring import Report
+from engine import head
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="in miniature only without a GPU")
+@pytest.mark.parametrize("section", gpu_check.SECTIONS)
+def test_a_section_in_miniature(section, capsys):
+    passed = gpu_check.main([section])
+    printed = capsys.readouterr().out
+    verdicts = [line for line in printed.splitlines() if line.startswith(("PASS", "FAIL"))]
+    assert passed, printed
+    assert printed.startswith(f"{section} on CPU: in miniature") and len(printed.splitlines()) > 1 + len(verdicts)
+    assert verdicts or section in ("kernels", "block", "memory")  # whose bounds are all a GPU's
+
+
+def test_a_wrong_number_fails(monkeypatch, capsys):
+    """The policy's log-probs a thousandth too high: off 3 ln 2, and off the exact numbers."""
+    token_logps = head.token_logps
+
+    def wrong(hidden, weight, targets):
+        found = token_logps(hidden, weight, targets)
+        return found * 0.999 if torch.is_grad_enabled() else found
+
+    monkeypatch.setattr(head, "token_logps", wrong)
+    assert not gpu_check.main(["correct"])
+    failed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAIL")]
+    assert any("first loss" in line for line in failed) and any("float32 packed, RMS" in line for line in failed)
+
+
+def test_every_path_of_training_is_checked():
+    """Plain and packed, both dtypes, compiled or not, recomputed or not."""
+    kinds = {(p.dtype, p.packed, p.compiled, p.recomputed > 0) for p in gpu_correct.PATHS}
+    bf16 = torch.bfloat16
+    assert {(bf16, True, compiled, again) for compiled in (True, False) for again in (True, False)} <= kinds
+    assert {(dtype, packed, False, False) for dtype in (bf16, torch.float32) for packed in (True, False)} <= kinds
+
+
+def test_bounds_by_hand(capsys):
+    report = Report("x")
+    report.at_most("a", 2.0, 2.0)
+    report.at_least("b", 1.0, 1.5)
+    assert not report.finish()
+    assert capsys.readouterr().out == "PASS x: a: 2, at most 2\nFAIL x: b: 1, at least 1.5\n"
