@@ -93,7 +93,9 @@ class Cache:
         rows = torch.arange(len(prompts), device=device)  # (B,)
         self.prompt_end = hidden[rows, lengths - 1][:, None]  # (B, C) -> (B, 1, C)
         if not self.prompt_end.isfinite().all():
-            raise SystemExit(f"the model gives numbers that are not finite in {hidden.dtype}; try --dtype float32")
+            narrow = hidden.dtype != torch.float32
+            advice = "try --dtype float32" if narrow else "the base's or the adapter's weights are damaged"
+            raise SystemExit(f"the model gives numbers that are not finite in {hidden.dtype}; {advice}")
 
     def run(self, input_ids: Tensor, images: Tensor | None, positions: Tensor | None = None) -> Tensor:
         """input_ids (B, T) -> hidden states (B, T, C); the keys and values of all T are kept."""

@@ -11,6 +11,7 @@ import base64
 import json
 import os
 import urllib.parse
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -142,8 +143,20 @@ def connect(endpoint: Endpoint):
         base_url=endpoint.url.rstrip("/").removesuffix("/chat/completions"),
         max_retries=endpoint.tries - 1,
         default_headers={"Accept-Encoding": "identity"},
-        http_client=httpx2.AsyncClient(transport=Limited(), follow_redirects=False, timeout=endpoint.timeout),
+        http_client=httpx2.AsyncClient(
+            transport=Limited(proxy=proxy_of(endpoint.url)),
+            follow_redirects=False,
+            timeout=endpoint.timeout,
+        ),
     )
+
+
+def proxy_of(url: str) -> str | None:
+    """The proxy that HTTPS_PROXY, HTTP_PROXY and NO_PROXY name for this address; a transport of our own has none."""
+    parts = urllib.parse.urlsplit(url)
+    if urllib.request.proxy_bypass(parts.netloc):
+        return None
+    return urllib.request.getproxies().get(parts.scheme)
 
 
 def say(reason: str) -> None:

@@ -1,5 +1,6 @@
 """external/endpoint.py over real HTTP on this machine: what is kept, what is never kept, and what ends a run."""
 
+import argparse
 import base64
 import json
 import sys
@@ -172,6 +173,27 @@ def test_a_password_in_the_address_is_refused_unseen(tmp_path, url):
     with pytest.raises(SystemExit) as error:
         ask_all(requests("1"), tmp_path / "r.json", str, endpoint_at(url))
     assert "no user" in str(error.value) and "hidden" not in str(error.value)
+
+
+def test_the_proxy_of_the_environment_is_used(tmp_path, monkeypatch):
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.setenv("no_proxy", "other.example")
+    with serve() as proxy:
+        monkeypatch.setenv("http_proxy", proxy.url.removesuffix("/v1"))
+        ask_all(requests("1"), tmp_path / "r.json", str, endpoint_at("http://nowhere.example/v1"))
+        assert [r.path for r in proxy.seen] == ["http://nowhere.example/v1/chat/completions"]
+    assert endpoint.proxy_of("http://other.example/v1") is None
+
+
+@pytest.mark.parametrize(
+    "flag, value", [("--tries", "0"), ("--timeout", "0"), ("--timeout", "nan"), ("--parallel", "0")]
+)
+def test_numbers_out_of_range_end_at_once(flag, value, capsys):
+    parser = argparse.ArgumentParser()
+    endpoint.add_flags(parser)
+    with pytest.raises(SystemExit):
+        parser.parse_args([flag, value])
+    assert f"argument {flag}: {value}: must be" in capsys.readouterr().err
 
 
 def test_without_the_package_a_sentence_says_what_to_install(tmp_path, monkeypatch):

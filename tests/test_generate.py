@@ -1,5 +1,6 @@
 """Decoding equals transformers' token for token; sampling by hand; files of answers: resumed, sharded, refused."""
 
+import copy
 import math
 
 import pytest
@@ -113,6 +114,15 @@ def test_greedy_draws_no_random_numbers(llava):
     before = torch.get_rng_state()
     generate.generate(llava[1], *prompts_and_pictures(42, 9, tiny_models.IMAGE_ID, 2), 3)
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("dtype, advice", [(torch.float32, "weights are damaged"), (torch.bfloat16, "--dtype float32")])
+def test_numbers_that_are_not_finite_are_said(llava, dtype, advice):
+    """In float32 there is no wider type to try."""
+    model = copy.deepcopy(llava[1]).to(dtype)
+    model.language_model.norm.weight.data[0] = torch.nan
+    with pytest.raises(SystemExit, match=f"not finite in {dtype}; .*{advice}"):
+        generate.generate(model, *prompts_and_pictures(42, 9, tiny_models.IMAGE_ID, 2), 3)
 
 
 # ---- sampling ------------------------------------------------------------------------------------------------------
