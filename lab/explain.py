@@ -174,9 +174,10 @@ def kept_box(example: Example, data: PairData, size: tuple[int, int]) -> tuple[i
     kept = pictures.crop_range(data.strategy)
     if kept is None:
         return None
+    width, height = size
     low, high = kept
     rng = np.random.default_rng((data.seed, example.pair.row, example.draw))
-    return pictures.crop_box(*size, rng, low, high)
+    return pictures.crop_box(width, height, rng, low, high)
 
 
 def verdict(numbers: Numbers) -> list[str]:
@@ -248,9 +249,9 @@ def owed_to_picture(numbers: Numbers, chosen: list[Word], beta: float) -> str:
     largest = max(largest_of(chosen, before["owed"]), largest_of(chosen, after["owed"]))
     change = float(after["owed"].sum() - before["owed"].sum())
     margin = f"{maths('r(m_w, q, y_w) - r(m_l, q, y_w)')} = {beta:g} × ({signed(change)}) = {signed(beta * change)}"
-    role = "what L_CoPO wants to grow"
+    asked = "what L_CoPO wants to grow"
     if "L_CoPO" not in [term.name for term in numbers.terms]:
-        role = "which nothing in this run's loss asks for"
+        asked = "the margin of L_CoPO (nothing in this run's loss asks for it)"
 
     def card(title: str, pi: str, columns: dict[str, Tensor]) -> str:
         equation = maths(f"log {pi}(y_w | m_w) - log {pi}(y_w | m_l)")
@@ -267,7 +268,7 @@ def owed_to_picture(numbers: Numbers, chosen: list[Word], beta: float) -> str:
 {card("After training", "pi_theta", after)}
 </div>
 {legend(largest, "nats", "likelier with the wrong picture", "likelier with the right one")}
-<p class="note">The change between the two sums, times {maths("beta")}, is {prose(role)}: {margin}.</p>
+<p class="note">The change between the two sums, times {maths("beta")}, is {prose(asked)}: {margin}.</p>
 </section>"""
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -92,6 +93,13 @@ def test_every_token_of_a_response_is_in_one_word(tiny_base, response, wanted):
     assert all(word.end > word.first for word in words)
 
 
+def test_the_blank_that_bunny_was_tuned_with_is_part_of_the_first_word(tiny_base):
+    processor = processor_of(tiny_base)
+    processor.template = replace(processor.template, response_blank=True)
+    words = response_words(processor, "Two dogs.", processor.response_ids("Two dogs."))
+    assert texts(words) == [" Two", " dogs", ".", ""]
+
+
 def test_a_cut_response_ends_where_its_ids_do(tiny_base):
     processor = processor_of(tiny_base)
     ids = processor.response_ids("Two dogs.", room=4)
@@ -130,6 +138,14 @@ def test_colour_grows_with_the_value_and_its_side_says_the_sign():
     assert ' <span class="word down" style="--a:0.720;' in html  # the sum of two tokens, -1, is the largest
     assert "reward   −1.0000&#10;other    +5.0000&#10;2 tokens" in html
     assert '<span class="word eos down" style="--a:0.000;' in html and ">END<" in html
+
+
+def test_a_finding_says_rise_fall_or_neither():
+    assert explain.finding(0.5, "rose", "fell", "nats") == (
+        '<li class="yes">The better answer rose <span class="soft">(+0.5000 nats)</span></li>'
+    )
+    assert '"no">The better answer fell <span class="soft">(−0.2500' in explain.finding(-0.25, "rose", "fell", "nats")
+    assert '"even">not yet: the better answer rose' in explain.finding(1e-6, "rose", "fell", "nats")
 
 
 def test_crop_is_drawn_where_it_was_cut():
@@ -196,6 +212,8 @@ def test_page_shows_what_one_pair_says(run, tmp_path):
     owed.append(numbers.chosen.reference - numbers.image_rejected.reference)
     for values in owed:
         assert f") = {explain_html.signed(float(values.sum()))}" in text  # the sum stands beside its equation
+    margin = explain_html.signed(numbers.chosen.reward - numbers.image_rejected.reward)
+    assert f") = {margin}." in text and "is what LCoPO wants to grow" in text
     assert "before and after mDPO" in text and "A red square on a green field." in text
 
 
@@ -248,15 +266,25 @@ def test_hostile_texts_are_texts(run, tmp_path):
     assert "&lt;script&gt;alert(&#x27;q&#x27;)&lt;/script&gt;" in html and r"\u202eright to left &amp;amp;" in html
 
 
+def run_of(run, folder, **changed):
+    """A copy of the run that recorded other settings."""
+    shutil.copytree(run / "epoch-1", folder)
+    settings = json.loads((run / "args.json").read_text()) | {"terms": ["dpo"], "rejected_image": None}
+    (folder / "args.json").write_text(json.dumps(settings | changed))
+    return folder
+
+
+def test_page_of_a_dpo_run_says_what_its_loss_does_not_ask_for(run, tmp_path):
+    html = page_of(run_of(run, tmp_path / "dpo", recipe="dpo"), tmp_path / "page.html", "--row", 1)
+    assert "before and after DPO</h1>" in html and "owes the picture" in html
+    assert "is which nothing" not in html and "nothing in this run's loss asks for it" in html
+
+
 def test_page_before_training_and_of_a_run_without_pictures(run, tiny_base, pairs_file, tmp_path):
     explain.main(["--base", str(tiny_base), "--data", str(pairs_file), "--row", "1", "--out", str(tmp_path / "a.html")])
     html = (tmp_path / "a.html").read_text()
     assert "One preference pair, before training" in html and html.count("not yet: ") == 3
-    folder = tmp_path / "no-image"
-    shutil.copytree(run / "epoch-1", folder)
-    settings = json.loads((run / "args.json").read_text())
-    settings |= {"recipe": "dpo-no-image", "terms": ["dpo"], "rejected_image": None}
-    (folder / "args.json").write_text(json.dumps(settings))
+    folder = run_of(run, tmp_path / "no-image", recipe="dpo-no-image")
     html = page_of(folder, tmp_path / "b.html", "--row", 1)
     assert "leaves the picture out" in html and "<img" not in html and "owes the picture" not in html
 

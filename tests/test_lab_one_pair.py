@@ -118,6 +118,32 @@ def test_flags_win_over_the_run_and_an_adapter_from_elsewhere_is_said(run, pairs
     assert found.settings.delta == 0 and not found.settings.recorded
 
 
+def test_a_bad_row_elsewhere_in_the_data_is_no_hindrance(run, pairs_file, capsys):
+    rows = json.loads(pairs_file.read_text())
+    rows[1]["chosen"] = " "
+    (pairs_file.parent / "bad.json").write_text(json.dumps(rows))
+    data = pairs_file.parent / "bad.json"
+    assert opened("--adapter", run, "--data", data, "--row", 3).keys == [(0, 1)]  # the second of four
+    assert "1 empty chosen" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="no usable row 2; it has 4 usable rows, from 1 to 5"):
+        opened("--adapter", run, "--data", data, "--row", 2)
+
+
+def test_folders_of_the_run_are_not_taken_for_another_base_or_other_data(tmp_path):
+    recorded = {"base": "b", "data": "d", "weights": "w", "vision_weights": "v", "image_root": "r", "beta": 0.3}
+    (tmp_path / "args.json").write_text(json.dumps(recorded))
+
+    def settings(*flags):
+        args = one_pair.pair_parser("").parse_args(["--adapter", str(tmp_path), "--row", "1", *flags])
+        found = vars(one_pair.run_settings(args))
+        return [str(found[name]) for name in ("weights", "vision_weights", "image_root", "beta")]
+
+    assert settings() == ["w", "v", "r", "0.3"]
+    assert settings("--base", "other") == ["None", "None", "r", "0.3"]
+    assert settings("--data", "other") == ["w", "v", "None", "0.3"]
+    assert settings("--weights", "mine") == ["mine", "v", "r", "0.3"]
+
+
 def test_a_row_that_is_not_there_is_named(run):
     with pytest.raises(SystemExit, match=r"no usable row 9, 77; it has 5 usable rows, from 1 to 5"):
         opened("--adapter", run, "--row", 1, 9, 77)
