@@ -104,7 +104,7 @@ def facts(settings: argparse.Namespace, args: argparse.Namespace) -> str:
         "base": settings.base,
         "adapter": args.adapter or "none",
         "data": settings.data,
-        "epoch of the rejected picture": args.epoch,
+        prose("m_l of epoch"): args.epoch,
         "β": f"{settings.beta:g}",
         "δ": f"{settings.delta:g}",
     }

@@ -215,6 +215,8 @@ def run_settings(args: argparse.Namespace) -> argparse.Namespace:
 
 def read_args(adapter: Path) -> dict:
     """args.json of the run that the adapter belongs to: RUN or RUN/epoch-N; empty for an adapter from elsewhere."""
+    if not adapter.is_dir():
+        raise SystemExit(f"--adapter {adapter}: no such folder; give a run of train.py, its epoch-N, or a PEFT folder")
     for folder in (adapter, adapter.parent):
         if (folder / "args.json").is_file():
             return files.read_json(folder / "args.json", dict)

@@ -144,7 +144,9 @@ def test_folders_of_the_run_are_not_taken_for_another_base_or_other_data(tmp_pat
     assert settings("--weights", "mine") == ["mine", "v", "r", "0.3"]
 
 
-def test_a_row_that_is_not_there_is_named(run):
+def test_a_row_or_a_run_that_is_not_there_is_named(run):
+    with pytest.raises(SystemExit, match=r"--adapter .*nowhere: no such folder"):
+        opened("--adapter", run / "nowhere", "--row", 1)
     with pytest.raises(SystemExit, match=r"no usable row 9, 77; it has 5 usable rows, from 1 to 5"):
         opened("--adapter", run, "--row", 1, 9, 77)
 
