@@ -18,7 +18,6 @@ Deviations from the papers and their releases
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +27,7 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 import pictures
 from model import Config
@@ -340,23 +339,3 @@ def collate(examples: list[Example], config: Config) -> Batch:
         assert slots == [expected] * len(examples), f"{slots} placeholders in rows that have {expected} image features"
         assert side.response_mask.any(1).all(), f"rows without a scored token: {[e.pair.id for e in examples]}"
     return batch
-
-
-class EpochSampler(Sampler):
-    """(epoch, index) for all epochs, each a permutation seeded by (seed, epoch), from position `start` on."""
-
-    def __init__(self, n: int, epochs: int, seed: int, start: int = 0):
-        self.n = n
-        self.epochs = epochs
-        self.seed = seed
-        self.start = start
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        for epoch in range(self.start // self.n, self.epochs):
-            order = np.random.default_rng((self.seed, epoch)).permutation(self.n)
-            already = max(0, self.start - epoch * self.n)  # of this epoch
-            for index in order[already:]:
-                yield epoch, int(index)
-
-    def __len__(self) -> int:
-        return self.n * self.epochs - self.start

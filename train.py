@@ -31,9 +31,10 @@ import torch
 import losses
 import pictures
 import toy
+from bases import quant
 from bases.adapter import save_adapter
 from bases.architectures import architecture_of
-from bases.checkpoint import BASE_HELP, load_base, source_of
+from bases.checkpoint import BASE_HELP, base_sha256, load_base, resolve, source_of
 from bases.tokenizer import load_processor
 from data import MAX_LENGTH, Example, PairData, collate
 from engine import distributed
@@ -42,6 +43,7 @@ from engine.device import autocast_for, choose_device, compile_blocks, has_flash
 from engine.memory import Room, find_room
 from engine.run_folder import Run, describe, probe
 from engine.sharding import shard as shard_base
+from external import tracking
 from external.flags import names_of, number, refuse_foreign, whole
 from formats import hub_data
 from formats.problems import Demands, examine, usable
@@ -203,7 +205,8 @@ def load_base_and_data(args: argparse.Namespace, device: torch.device) -> tuple[
     """The frozen base, and the pairs as it reads them. A user's mistake ends here, before anything is written."""
     pairs, problems = read_pairs(args.data, args.image_root)
     place = torch.device("cpu") if args.shard else device  # one GPU need not hold a base that is to be sharded
-    model, folder = load_base(args.base, args.weights, args.vision_weights, getattr(torch, args.dtype), place)
+    dtype = getattr(torch, args.dtype)
+    model, folder = load_base(args.base, args.weights, args.vision_weights, dtype, place, args.quant)
     processor = load_processor(folder, model.config)
     if args.bunny_template == "released":
         processor.template = dataclasses.replace(processor.template, response_blank=False)
@@ -257,9 +260,10 @@ def start_run(
     steps_per_epoch = math.ceil(len(data) / args.batch)
     steps = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
     repository = source_of(args.base)  # what PEFT looks for beside the adapter
+    base_hash = base_sha256(resolve(args.base, args.weights), args.vision_weights)
     return Run(
         folder=run_folder_of(args),
-        settings=describe(vars(args), model, data),
+        settings=describe(vars(args) | {"base_sha256": base_hash}, model, data),
         plan=plan_steps(data, args.batch, args.epochs, steps, world),
         steps_per_epoch=steps_per_epoch,
         model=model,
@@ -267,6 +271,7 @@ def start_run(
         room=room,
         reference=path.reference if args.reference == "cached" else None,
         save_adapter=partial(save_adapter, model, base=repository),
+        base=repository,
         world=world,
     )
 
@@ -332,6 +337,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     g.add_argument("--micro-batch", type=whole(1), default=1, help="pairs per forward of the plain path")
     g.add_argument("--resume", action="store_true", help="go on after the last checkpoint of the run in --out")
     g.add_argument("--save-every", type=whole(1), help="steps between checkpoints; else ten minutes and each epoch")
+    g.add_argument("--quant", choices=quant.KINDS, help="keep the decoder's frozen linears in 4 or 8 bits")
+    g.add_argument("--track", choices=tracking.KINDS, help="send the log's rows there too")
     g.add_argument("--shard", action="store_true", help="under torchrun: the frozen base in pieces over the GPUs")
 
     g = p.add_argument_group("speed (engine/)")
@@ -350,6 +357,8 @@ def parse_args(argv=None) -> argparse.Namespace:
         p.error("--reference cached keeps the log-probs of packed rows: add --pack")
     if args.compile and (args.shard or not cuda):
         p.error("--compile needs a CUDA device, and a base that is not sharded")
+    if args.shard and args.quant:
+        p.error("--shard and --quant exclude each other")
     if args.shard and "RANK" not in os.environ:
         p.error("--shard needs several processes: torchrun --nproc-per-node N train.py ...")
     args.reference = args.reference or ("cached" if args.pack else "live")

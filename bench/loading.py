@@ -9,7 +9,8 @@ import math
 import os
 import time
 
-from data import EpochSampler, PairData, Processor
+from data import PairData, Processor
+from engine.batches import epoch_keys
 from engine.loading import example_loader
 from external.flags import whole
 from external.progress import progress
@@ -30,7 +31,7 @@ def measure(args: argparse.Namespace, examined: Examined, processor: Processor) 
     )
     first = 4 * max(1, args.workers)
     total = first + args.pairs
-    sampler = EpochSampler(len(data), epochs=math.ceil(total / len(data)), seed=args.seed)
+    sampler = epoch_keys(len(data), epochs=math.ceil(total / len(data)), seed=args.seed)
     loader = example_loader(data, sampler, args.workers)
     for done, _ in enumerate(progress(itertools.islice(loader, total), "pairs", total), 1):
         if done == first:

@@ -4,9 +4,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 
-from data import EpochSampler, Example, PairData
+import numpy as np
+
+from data import Example, PairData
 from engine.distributed import World, share
 from engine.loading import example_loader
+
+
+def epoch_keys(n: int, epochs: int, seed: int) -> list[tuple[int, int]]:
+    """(epoch, index) of all epochs, each in an order of its own that (seed, epoch) alone decides."""
+    keys = []
+    for epoch in range(epochs):
+        order = np.random.default_rng((seed, epoch)).permutation(n)
+        keys += [(epoch, int(index)) for index in order]
+    return keys
 
 
 def plan_steps(
@@ -16,7 +27,7 @@ def plan_steps(
 
     Every epoch has its own order; its last batch holds what is left. Several processes share by tokens, not by count.
     """
-    keys = list(EpochSampler(len(data), epochs, data.seed))
+    keys = epoch_keys(len(data), epochs, data.seed)
     plan, start = [], 0
     for _ in range(steps):
         left_in_epoch = len(data) - start % len(data)
@@ -45,10 +56,10 @@ def workers_watched():
     """Inside, a killed worker process ends the run with a sentence; torch raises it wherever the run is just then."""
     try:
         yield
-    except RuntimeError as e:
-        if "DataLoader worker" not in str(e):
+    except (RuntimeError, ConnectionError, EOFError) as e:  # the latter two: the queue to it is cut first
+        if isinstance(e, RuntimeError) and "DataLoader worker" not in str(e):
             raise
         raise SystemExit(
-            f"A process that prepares pictures was killed ({str(e).splitlines()[0]}); most often memory ran out. "
+            f"A process that prepares pictures was killed ({str(e).partition(chr(10))[0]}); most often memory ran out. "
             "The same command with --resume and fewer --workers goes on."
         ) from None

@@ -1,4 +1,4 @@
-"""Examples out of worker processes: exactly `data[key] for key in sampler` of data.PairData, prepared ahead.
+"""Examples out of worker processes: exactly `data[key] for key in keys` of data.PairData, prepared ahead.
 
 Workers hand pictures over as levels of 8 bits through /dev/shm, a quarter of the prepared float32; they are normalised
 on the device (data.Batch.to). /dev/shm holds 64 MB in a container of Docker's default, and workers that find it full
@@ -8,18 +8,18 @@ wait for ever: so how many examples are under way is fitted to what is free.
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 
 from data import Example, LostPicture, PairData
 
 SHARE = 0.7  # of what is free in shared memory
 
 
-def example_loader(data: PairData, sampler: Sampler, workers: int, batch: int = 8) -> Iterator[Example]:
-    """Examples one by one in the sampler's order, at least one step of `batch` ahead where there is room.
+def example_loader(data: PairData, keys: Sequence[tuple[int, int]], workers: int, batch: int = 8) -> Iterator[Example]:
+    """The examples of `keys` (epoch, index) one by one, at least one step of `batch` ahead where there is room.
 
     SystemExit if a picture can no longer be opened.
     """
@@ -28,7 +28,7 @@ def example_loader(data: PairData, sampler: Sampler, workers: int, batch: int = 
     loader = DataLoader(
         data,
         batch_size=None,
-        sampler=sampler,
+        sampler=keys,
         num_workers=workers,
         prefetch_factor=ahead if workers else None,
         pin_memory=torch.cuda.is_available(),

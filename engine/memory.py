@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from data import EpochSampler, Example, PairData
+from data import Example, PairData
+from engine.batches import epoch_keys
 from external.progress import progress
 
 GIB = 2**30
@@ -98,7 +99,7 @@ def trial_step(parameters: list[nn.Parameter], step: Callable[[], None]) -> tupl
 
 def first_epoch(data: PairData, batch: int) -> list[list[Example]]:
     """The first epoch's steps in the order of training, their pictures not yet loaded."""
-    keys = list(EpochSampler(len(data), epochs=1, seed=data.seed))
+    keys = epoch_keys(len(data), epochs=1, seed=data.seed)
     examples = [data.without_pixels(key) for key in progress(keys, "lengths of the first epoch")]
     return [examples[start : start + batch] for start in range(0, len(examples), batch)]
 

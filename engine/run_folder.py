@@ -26,14 +26,16 @@ from tqdm import tqdm
 
 from data import Example, PairData
 from engine import state
+from engine.card import model_card
 from engine.distributed import World
 from engine.memory import Room, peak_gib
 from external import files
+from external.tracking import tracker
 from lora import lora_modules
 
 HEADER = f"{'step':>11} |   loss |    dpo    copo   ancpo |  margin   image |  acc |      lr | gnorm | pairs/s |   GiB"
 SAVE_SECONDS = 600  # between checkpoints, where --save-every does not say
-FREE = ("workers", "out", "resume", "save_every", "command", "made")  # may differ when a run is resumed
+FREE = "workers out resume save_every track command made weights vision_weights".split()  # may differ when resumed
 
 
 # ---- the folder ----------------------------------------------------------------------------------------------------
@@ -124,6 +126,7 @@ class Run:
     room: Room
     reference: Callable | None  # the cached one, whose numbers are saved with the checkpoints
     save_adapter: Callable[[Path], None]
+    base: str  # as the hub names it, for the model card
     world: World
 
     def __post_init__(self):
@@ -142,6 +145,7 @@ class Run:
             with told(self.folder):
                 files.write_json(self.folder / "args.json", self.settings)
                 self.open_log()
+            self.track = tracker(self.settings["track"], self.folder, self.settings)
         self.bar = tqdm(total=self.steps, initial=self.step, desc=self.settings["recipe"], disable=None)
         print(HEADER)
 
@@ -200,6 +204,7 @@ class Run:
         self.bar.update()
         if self.world.main:
             self.bar.write(line(row, self.steps))
+            self.track(row)
             with told(self.folder):
                 self.log_file.write(json.dumps(row) + "\n")
                 self.log_file.flush()
@@ -250,8 +255,10 @@ class Run:
         if self.world.main:
             with told(self.folder):
                 self.save_adapter(self.folder)
+                rows = [json.loads(text) for text in (self.folder / "log.jsonl").read_text().splitlines()]
+                files.write_text(self.folder / "README.md", model_card(self.base, self.settings, rows))
         self.close()
-        print(f"{self.folder}: adapter_model.safetensors, adapter_config.json, args.json, log.jsonl")
+        print(f"{self.folder}: adapter_model.safetensors, adapter_config.json, README.md, args.json, log.jsonl")
         return self.folder
 
 

@@ -10,8 +10,10 @@ Not from a paper. Deviations: none.
 """
 
 import argparse
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 
@@ -236,8 +238,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_decoding_flags(p)
     p.add_argument("--batch", type=whole(1), default=64, help="questions at once, at most (default 64)")
     p.add_argument("--batch-tokens", type=whole(1), help="tokens in the cache, at most (default: what memory allows)")
-    p.add_argument("--shard-index", type=whole(0), default=0, help="answer every Nth question, from this one on")
-    p.add_argument("--shard-count", type=whole(1), default=1, help="N; the command without it joins the shards")
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
+    p.add_argument("--shard-index", type=whole(0), default=rank, help="answer every Nth question, from this one on")
+    p.add_argument("--shard-count", type=whole(1), default=ranks, help="N; the command without it joins the shards")
     args = parse_flags(p, argv)
     if args.shard_index >= args.shard_count:
         p.error("--shard-index runs from 0 to --shard-count - 1")
@@ -245,7 +248,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    answer_file(parse_args(argv))
+    args = parse_args(argv)
+    ranks = "RANK" in os.environ and args.shard_count > 1  # of torchrun: a shard each
+    if ranks and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    answer_file(args)
+    if ranks:
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=1))
+        torch.distributed.barrier()
+        if args.shard_index == 0:
+            answer_file(argparse.Namespace(**vars(args) | dict(shard_index=0, shard_count=1)))
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

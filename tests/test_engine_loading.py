@@ -11,7 +11,8 @@ import torch
 
 from bases.checkpoint import read_config
 from bases.tokenizer import load_processor
-from data import EpochSampler, PairData
+from data import PairData
+from engine.batches import epoch_keys
 from engine.loading import example_bytes, example_loader, fit_shared_memory, free_shared_memory
 from formats.readers import read_pairs
 
@@ -64,7 +65,7 @@ def test_bytes_of_an_example(data, strategy, bytes_of_m_l):
 def test_a_picture_that_has_gone_is_named(data, workers, tmp_path):
     (tmp_path / "pairs/3.png").unlink()
     with pytest.raises(SystemExit) as e:  # from a worker too, without its traceback
-        list(example_loader(data, EpochSampler(5, 1, seed=0), workers))
+        list(example_loader(data, epoch_keys(5, 1, seed=0), workers))
     place = f"{tmp_path}/pairs/pairs.json:4: id 'p3': {tmp_path.resolve()}/pairs/3.png"
     assert str(e.value) == f"{place}: missing image; it was there when the run began"
 
@@ -76,7 +77,7 @@ def test_processes_share_what_is_free(monkeypatch):
 
 
 def test_workers_hand_over_levels_of_one_byte(data):
-    for example in example_loader(data, EpochSampler(5, 1, seed=0), workers=1):
+    for example in example_loader(data, epoch_keys(5, 1, seed=0), workers=1):
         assert example.image.dtype == example.image_rejected.dtype == torch.uint8
 
 
@@ -87,14 +88,15 @@ def test_eight_workers_in_64_mb_of_shared_memory(tmp_path):
     script = (
         "import torch, numpy as np\n"
         "from PIL import Image\n"
-        "from data import EpochSampler, Pair, PairData, Processor\n"
+        "from data import Pair, PairData, Processor\n"
+        "from engine.batches import epoch_keys\n"
         "from engine.loading import example_loader\n"
         "from model import Config\n"
         "import test_data\n"
         "from dataclasses import replace\n"
         "pairs = [test_data.pair(row, image=test_data.png(row, (500, 400))) for row in range(1, 200)]\n"
         "data = PairData(pairs, Processor(test_data.letter_tokenizer(), replace(Config(), image_id=99)), 'crop')\n"
-        "print(sum(e.image.shape == (3, 336, 336) for e in example_loader(data, EpochSampler(199, 1, 0), 8, 32)))\n"
+        "print(sum(e.image.shape == (3, 336, 336) for e in example_loader(data, epoch_keys(199, 1, 0), 8, 32)))\n"
     )
     mount = 'mount -t tmpfs -o size=64m shm /dev/shm && exec "$0" -c "$1"'
     command = ["unshare", "--mount", "sh", "-c", mount, sys.executable, script]

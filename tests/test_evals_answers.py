@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -317,3 +320,21 @@ def test_numbers_out_of_range_end_before_anything_is_loaded(asked, monkeypatch, 
     with pytest.raises(SystemExit) as e:
         answers.main([*args, *more])
     assert e.value.code == 2 and "must be a" in capsys.readouterr().err and not out.exists()
+
+
+@pytest.mark.slow
+def test_torchrun_shares_the_questions_and_joins_the_answers(asked):
+    rows, args, out = asked
+    answers.main(args)
+    whole = out.read_bytes()
+    out.unlink()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, "-m", "evals.answers", *args],
+        cwd=Path(answers.__file__).parents[1],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert out.read_bytes() == whole

@@ -34,7 +34,9 @@ def test_numbers_equal_the_log_of_a_run_with_one_pair_a_step(run):
     """A step logs what it sees before it changes the weights: step 5, the first of epoch 1, is seen with epoch-1."""
     row = json.loads((run / "log.jsonl").read_text().splitlines()[5])
     assert row["epoch"] == 1 and abs(row["rewards/margins"]) > 0.05  # five updates did something
-    first = np.random.default_rng((3, 1)).permutation(5)[0] + 1  # data.EpochSampler: seed 3, epoch 1; rows from 1
+    first = (
+        np.random.default_rng((3, 1)).permutation(5)[0] + 1
+    )  # engine.batches.epoch_keys: seed 3, epoch 1; rows from 1
     found = opened("--adapter", run / "epoch-1", "--epoch", 1, "--row", first)
     numbers = one_pair.pair_numbers(found.model, found.data[found.keys[0]], found.settings)
     logged = {

@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def test_run_folder_and_log_keys(tiny_base, pairs_file, tmp_path):
     state = {f"checkpoint-00000{n}/state.{kind}" for n in (3, 6) for kind in ("json", "safetensors")}
     adapter_files = {"adapter_model.safetensors", "adapter_config.json"}
     epochs = {f"epoch-{n}/{f}" for n in (1, 2) for f in adapter_files}
-    assert files == adapter_files | epochs | state | {"args.json", "log.jsonl", ".lock"}
+    assert files == adapter_files | epochs | state | {"args.json", "log.jsonl", "README.md", ".lock"}
     assert len(log) == 6  # 5 pairs in batches of 2, 2 and 1, twice: the short one is used
     assert len(adapter) == 2 * 7 * 2  # layers, linears, A and B
     wanted = """step loss losses/dpo losses/copo losses/ancpo rewards/chosen rewards/rejected rewards/image_rejected
@@ -225,3 +226,30 @@ def test_a_number_that_is_not_finite_stops_before_the_step(tiny_base, pairs_file
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_: pytest.fail("the optimizer stepped"))
     with pytest.raises(SystemExit, match=r"step 0: .*(nan|inf).*p\d"):
         run(tiny_base, pairs_file, tmp_path / "run", "--batch", 2)
+
+
+def test_the_model_card_says_what_was_trained(tiny_base, pairs_file, tmp_path):
+    log, _ = run(tiny_base, pairs_file, tmp_path / "run", "--batch", 5, "--epochs", 3)
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert card.startswith(f"---\nbase_model: {tiny_base}\nlibrary_name: peft\n")
+    assert "L_DPO + L_CoPO (mDPO) + L_AncPO (mDPO)" in card and "| beta | 0.1 |" in card and "5 pairs" in card
+    assert f"| 2 | {log[2]['loss']:.4f} |" in card
+
+
+def test_rows_go_where_track_says(tiny_base, pairs_file, tmp_path, monkeypatch):
+    sent = []
+    stand_in = SimpleNamespace(log=lambda row, step: sent.append((step, row["loss"])))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **settings: stand_in))
+    log, _ = run(tiny_base, pairs_file, tmp_path / "run", "--batch", 5, "--epochs", 2, "--track", "wandb")
+    assert sent == [(row["step"], row["loss"]) for row in log]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(SystemExit, match="--track wandb: wandb is not installed; run `pip install wandb`"):
+        run(tiny_base, pairs_file, tmp_path / "without", "--track", "wandb")
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_quantised_base_trains_from_3_ln_2(tiny_base, pairs_file, tmp_path, kind):
+    log, _ = run(tiny_base, pairs_file, tmp_path / "run", "--batch", 5, "--epochs", 8, "--lr", 3e-3, "--quant", kind)
+    assert math.isclose(log[0]["loss"], 2.0794, abs_tol=1e-4) and log[-1]["loss"] < log[0]["loss"]
+    config = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+    assert kind in json.dumps(config)
