@@ -3,6 +3,7 @@
 Not from a paper but for what the figures show. Run: `python -m pds.analyse ... --figures FOLDER --sheet sheet.png`.
 """
 
+import textwrap
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -12,7 +13,10 @@ from external import files
 from pds import rank_images, runner
 from pds.runner import Row
 
-CELL, FRAME, TEXT = 224, 6, 20  # pixels of the sheet: a picture, the winner's frame, a line
+CELL = 224  # pixels of the sheet: a picture,
+FRAME = 6  # the winner's frame,
+TEXT = 20  # a line,
+GAP = 8  # and what lies between
 
 
 # ---- charts --------------------------------------------------------------------------------------------------------
@@ -42,8 +46,10 @@ def guidance_chart(shares: dict, scorer: str, file: Path) -> None:
     scales = [scale for scale in next(iter(shares.values())) if scale != "n"]
     width = 0.8 / len(scales)
     for i, scale in enumerate(scales):
-        places = [topic + (i - (len(scales) - 1) / 2) * width for topic in range(len(shares))]
-        axes.bar(places, [own[scale] for own in shares.values()], 0.9 * width, label=scale)
+        offset = (i - (len(scales) - 1) / 2) * width
+        places = [topic + offset for topic in range(len(shares))]
+        heights = [own[scale] for own in shares.values()]
+        axes.bar(places, heights, 0.9 * width, label=scale)
     axes.set_xticks(range(len(shares)), [f"{topic or '-'}\nn = {own['n']}" for topic, own in shares.items()])
     axes.legend(title="guidance", frameon=False)
     save(figure, file)
@@ -68,8 +74,9 @@ def responder_chart(responders: dict, file: Path) -> None:
     """How often each responder was chosen, and rejected."""
     figure, axes = new_chart("who wins", "responder", "questions")
     for i, side in enumerate(("chosen", "rejected")):
-        axes.bar([place + 0.4 * i - 0.2 for place in range(len(responders))], [r[side] for r in responders.values()],
-                 0.36, label=side)  # fmt: skip
+        places = [place + 0.4 * i - 0.2 for place in range(len(responders))]
+        heights = [counts[side] for counts in responders.values()]
+        axes.bar(places, heights, 0.36, label=side)
     axes.set_xticks(range(len(responders)), list(responders))
     axes.yaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False)
@@ -102,16 +109,21 @@ def draw(found: dict, values: dict[str, dict[str, list[float]]], folder: Path) -
 # ---- the sheet -----------------------------------------------------------------------------------------------------
 
 
-def thumbnail(path: Path) -> Image.Image:
-    """A picture, or a grey square that says why there is none."""
+def notice(text: str) -> Image.Image:
+    """A grey square with a text."""
     cell = Image.new("RGB", (CELL, CELL), "lightgrey")
-    try:
-        image = pictures.open_image(path)
-    except ValueError as error:
-        ImageDraw.Draw(cell).text((8, CELL // 2), str(error)[:32], "black", ImageFont.load_default(13))
-        return cell
-    image = ImageOps.contain(image, (CELL, CELL), Image.Resampling.LANCZOS)
-    cell.paste(image, ((CELL - image.width) // 2, (CELL - image.height) // 2))
+    lines = "\n".join(textwrap.wrap(text, 32)[:8])
+    ImageDraw.Draw(cell).multiline_text((8, 8), lines, "black", ImageFont.load_default(13))
+    return cell
+
+
+def thumbnail(path: Path) -> Image.Image:
+    """A picture, as large as its place allows. ValueError if it cannot be used."""
+    image = ImageOps.contain(pictures.open_image(path), (CELL, CELL), Image.Resampling.LANCZOS)
+    cell = Image.new("RGB", (CELL, CELL), "lightgrey")
+    left = (CELL - image.width) // 2
+    top = (CELL - image.height) // 2
+    cell.paste(image, (left, top))
     return cell
 
 
@@ -124,33 +136,53 @@ def shortened(draw: ImageDraw.ImageDraw, text: str, font, width: int) -> str:
     return text + "..."
 
 
+def picture_of(row: Row, image_root: Path) -> Image.Image:
+    """The thumbnail of a candidate; what failed has a grey square with the reason."""
+    if "error" in row:
+        return notice(row["error"])
+    try:
+        return thumbnail(files.inside(image_root, row["image"]))
+    except ValueError as error:
+        return notice(str(error))
+
+
+def draw_candidate(page: Image.Image, row: Row, scorers: list[str], image_root: Path, corner: tuple[int, int]) -> None:
+    """A picture, and below it its guidance scale and scores, from `corner` on."""
+    x, y = corner
+    draw = ImageDraw.Draw(page)
+    page.paste(picture_of(row, image_root), (x + FRAME, y + FRAME))
+    below = y + CELL + 2 * FRAME
+    font = ImageFont.load_default(14)
+    if "guidance" in row:
+        draw.text((x, below), f"guidance {row['guidance']:g}", "grey", font)
+    scores = row.get("scores") or {}
+    for i, name in enumerate(scorers):
+        value = scores.get(name)
+        shown = f"{value:.3f}" if rank_images.is_score(value) else "-"
+        draw.text((x + 100, below + i * TEXT), f"{name} {shown}", "black", font)
+
+
 def sheet(rows: list[Row], scorers: list[str], image_root: Path, file: Path, limit: int) -> None:
     """Prompts x candidates, scores below each picture; the best by the first scorer is framed."""
     prompts = list(rank_images.by_prompt(rows).items())[:limit]
     columns = max(len(own) for _, own in prompts)
-    width, height = CELL + 2 * FRAME + 8, CELL + 2 * FRAME + TEXT * (2 + len(scorers))
-    page = Image.new("RGB", (columns * width + 8, len(prompts) * (height + 8) + 8), "white")
-    draw, font, bold = ImageDraw.Draw(page), ImageFont.load_default(14), ImageFont.load_default(15)
+    outer = CELL + 2 * FRAME  # a picture with its frame
+    width = outer + GAP
+    height = outer + TEXT * (2 + len(scorers)) + GAP
+    page = Image.new("RGB", (columns * width + GAP, len(prompts) * height + GAP), "white")
+    draw = ImageDraw.Draw(page)
+    bold = ImageFont.load_default(15)
     for line, (prompt, own) in enumerate(prompts):
-        top = 8 + line * (height + 8)
+        top = GAP + line * height
         caption = f"{prompt}: {own[0].get('caption', '')}"
-        draw.text((8, top), shortened(draw, caption, bold, page.width - 16), "black", bold)
+        draw.text((GAP, top), shortened(draw, caption, bold, page.width - 2 * GAP), "black", bold)
         best = [row["id"] for row in rank_images.ranked(own, scorers[0])[:1]]
         for column, row in enumerate(own):
-            x, y = 8 + column * width, top + TEXT
+            x = GAP + column * width
+            y = top + TEXT
             if row["id"] in best:
-                draw.rectangle((x, y, x + CELL + 2 * FRAME - 1, y + CELL + 2 * FRAME - 1), "forestgreen")
-            try:
-                path = files.inside(image_root, row.get("image", ""))
-            except ValueError:
-                path = image_root / "outside"
-            page.paste(thumbnail(path), (x + FRAME, y + FRAME))
-            y += CELL + 2 * FRAME
-            draw.text((x, y), f"guidance {row.get('guidance', '-'):g}", "grey", font)
-            for i, name in enumerate(scorers):
-                value = (row.get("scores") or {}).get(name)
-                shown = f"{value:.3f}" if rank_images.is_score(value) else "-"
-                draw.text((x + 100, y + i * TEXT), f"{name} {shown}", "black", font)
+                draw.rectangle((x, y, x + outer - 1, y + outer - 1), "forestgreen")
+            draw_candidate(page, row, scorers, image_root, (x, y))
     with files.whole(file) as part:
         page.save(part, format="PNG")
     print(file)

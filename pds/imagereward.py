@@ -30,10 +30,13 @@ from external import files, hub
 from pds import runner
 
 MAX_LENGTH = 35  # tokens of a caption, [CLS] and [SEP] included: BLIP's setting for videos
-REWARD_MEAN, REWARD_STD = 0.16717362830052426, 1.0333394966054072  # of the raw numbers on its training set
-PIXEL_MEAN, PIXEL_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
+REWARD_MEAN = 0.16717362830052426  # of the raw numbers on its training set
+REWARD_STD = 1.0333394966054072
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 MLP_WIDTHS = (1024, 128, 64, 16, 1)
-REPOSITORY, VOCABULARY = "THUDM/ImageReward", "bert-base-uncased"
+REPOSITORY = "THUDM/ImageReward"
+VOCABULARY = "bert-base-uncased"
 UNUSED = re.compile(r"position_ids$|^(image|text)_queue$|^(queue_ptr|temp)$|_m\.|^itm_head\.|^text_decoder\.")
 
 
@@ -44,7 +47,8 @@ class VisionAttention(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         B, N, C = x.shape
@@ -57,13 +61,17 @@ class VisionAttention(nn.Module):
 class VisionBlock(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width, 1e-6), nn.LayerNorm(width, 1e-6)
+        self.norm1 = nn.LayerNorm(width, 1e-6)
         self.attn = VisionAttention(width, heads)
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)})
+        self.norm2 = nn.LayerNorm(width, 1e-6)
+        fc1 = nn.Linear(width, 4 * width)
+        fc2 = nn.Linear(4 * width, width)
+        self.mlp = nn.ModuleDict({"fc1": fc1, "fc2": fc2})
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
-        return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
+        inner = F.gelu(self.mlp["fc1"](self.norm2(x)))
+        return x + self.mlp["fc2"](inner)
 
 
 class VisionTransformer(nn.Module):
@@ -74,13 +82,15 @@ class VisionTransformer(nn.Module):
         self.image_size = image_size
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (image_size // patch) ** 2, width))
-        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch, stride=patch)})
+        proj = nn.Conv2d(3, width, patch, stride=patch)
+        self.patch_embed = nn.ModuleDict({"proj": proj})
         self.blocks = nn.ModuleList(VisionBlock(width, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(width, 1e-6)
 
     def forward(self, pixels: Tensor) -> Tensor:
         x = self.patch_embed["proj"](pixels).flatten(2).transpose(1, 2)  # (B, Cv, h, w) -> (B, N, Cv)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed  # (B, 1+N, Cv)
+        cls = self.cls_token.expand(len(x), -1, -1)  # (B, 1, Cv)
+        x = torch.cat([cls, x], dim=1) + self.pos_embed  # (B, 1+N, Cv)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
@@ -94,7 +104,8 @@ class AddNorm(nn.Module):
 
     def __init__(self, width_in: int, width: int, eps: float):
         super().__init__()
-        self.dense, self.LayerNorm = nn.Linear(width_in, width), nn.LayerNorm(width, eps)
+        self.dense = nn.Linear(width_in, width)
+        self.LayerNorm = nn.LayerNorm(width, eps)
 
     def forward(self, x: Tensor, before: Tensor) -> Tensor:
         return self.LayerNorm(self.dense(x) + before)
@@ -119,8 +130,10 @@ class BertAttention(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, T, C) -> (B, H, T, D)
 
     def forward(self, x: Tensor, source: Tensor, mask: Tensor | None) -> Tensor:
-        q, k, v = self.self["query"](x), self.self["key"](source), self.self["value"](source)
-        out = F.scaled_dot_product_attention(self.split(q), self.split(k), self.split(v), mask)  # (B, H, T, D)
+        q = self.split(self.self["query"](x))
+        k = self.split(self.self["key"](source))
+        v = self.split(self.self["value"](source))
+        out = F.scaled_dot_product_attention(q, k, v, mask)  # (B, H, T, D)
         return self.output(out.transpose(1, 2).flatten(2), x)  # (B, H, T, D) -> (B, T, C)
 
 
@@ -158,8 +171,9 @@ class Bert(nn.Module):
     def forward(self, ids: Tensor, real: Tensor, picture: Tensor | None) -> Tensor:
         """ids (B, T), real (B, T) bool, False on padding, picture (B, 1+N, Cv) or None -> (B, T, C)."""
         positions = torch.arange(ids.shape[1], device=ids.device)
-        x = self.embeddings["word_embeddings"](ids) + self.embeddings["position_embeddings"](positions)  # (B, T, C)
-        x = self.embeddings["LayerNorm"](x)
+        words = self.embeddings["word_embeddings"](ids)  # (B, T, C)
+        places = self.embeddings["position_embeddings"](positions)  # (T, C)
+        x = self.embeddings["LayerNorm"](words + places)
         mask = real[:, None, None, :]  # (B, 1, 1, T): every token sees every real one
         for layer in self.encoder["layer"]:
             x = layer(x, mask, picture)
@@ -174,7 +188,8 @@ class Blip(nn.Module):
 
     def __init__(self, vision: VisionTransformer, text: Bert):
         super().__init__()
-        self.visual_encoder, self.text_encoder = vision, text
+        self.visual_encoder = vision
+        self.text_encoder = text
 
 
 class ImageReward(nn.Module):
@@ -184,12 +199,14 @@ class ImageReward(nn.Module):
         super().__init__()
         self.blip = Blip(vision, text)
         widths = (width, *MLP_WIDTHS)
-        linears = [nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False)]
-        names = ("0", "2", "4", "6", "7")  # 1, 3 and 5 are dropouts; there is no activation: it is one linear map
-        self.mlp = nn.ModuleDict({"layers": nn.ModuleDict(dict(zip(names, linears, strict=True)))})
+        layers = nn.ModuleDict()
+        for i, name in enumerate(("0", "2", "4", "6", "7")):  # 1, 3 and 5 are dropouts; there is no activation
+            layers[name] = nn.Linear(widths[i], widths[i + 1])
+        self.mlp = nn.ModuleDict({"layers": layers})
 
     def forward(self, ids: Tensor, real: Tensor, pixels: Tensor) -> Tensor:
-        x = self.blip.text_encoder(ids, real, self.blip.visual_encoder(pixels))[:, 0]  # (B, T, C) -> (B, C)
+        picture = self.blip.visual_encoder(pixels)  # (B, 1+N, Cv)
+        x = self.blip.text_encoder(ids, real, picture)[:, 0]  # (B, T, C) -> (B, C)
         for linear in self.mlp["layers"].values():
             x = linear(x)
         return (x[:, 0] - REWARD_MEAN) / REWARD_STD  # (B, 1) -> (B,)
@@ -200,7 +217,8 @@ class BlipITC(Blip):
 
     def __init__(self, vision: VisionTransformer, text: Bert, vision_width: int, width: int, projected: int):
         super().__init__(vision, text)
-        self.vision_proj, self.text_proj = nn.Linear(vision_width, projected), nn.Linear(width, projected)
+        self.vision_proj = nn.Linear(vision_width, projected)
+        self.text_proj = nn.Linear(width, projected)
 
     def forward(self, ids: Tensor, real: Tensor, pixels: Tensor) -> Tensor:
         image = self.vision_proj(self.visual_encoder(pixels)[:, 0])  # (B, P)
@@ -230,16 +248,17 @@ def prepare(image: Image.Image, size: int) -> Tensor:
 
     A picture is resized in the mode it was saved in, with its transparency, and only then made RGB, as there.
     """
-    width, height = image.size
-    shorter, longer = min(width, height), max(width, height)
-    scaled = int(size * longer / shorter)
-    width, height = (size, scaled) if width <= height else (scaled, size)
+    longer = int(size * max(image.size) / min(image.size))
+    width = size if image.width <= image.height else longer
+    height = longer if image.width <= image.height else size
     image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = round((width - size) / 2), round((height - size) / 2)  # halves go to the even number
+    left = round((width - size) / 2)  # halves go to the even number
+    top = round((height - size) / 2)
     image = image.crop((left, top, left + size, top + size)).convert("RGB")
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255  # (S, S, 3) -> (3, S, S)
-    mean, std = torch.tensor(PIXEL_MEAN), torch.tensor(PIXEL_STD)
-    return (pixels - mean[:, None, None]) / std[:, None, None]
+    mean = torch.tensor(PIXEL_MEAN)[:, None, None]  # (3, 1, 1)
+    std = torch.tensor(PIXEL_STD)[:, None, None]
+    return (pixels - mean) / std
 
 
 class Scorer:
@@ -247,14 +266,20 @@ class Scorer:
 
     def __init__(self, model: nn.Module, tokenizer: Tokenizer, image_size: int, device: str):
         self.model = model.to(device).eval()
-        self.tokenizer, self.image_size, self.device = tokenizer, image_size, device
+        self.tokenizer = tokenizer
+        self.image_size = image_size
+        self.device = device
+
+    def words(self, caption: str) -> list[int]:
+        return self.tokenizer.encode(caption, add_special_tokens=False).ids
 
     def caption_ids(self, caption: str) -> list[int]:
-        words = self.tokenizer.encode(caption, add_special_tokens=False).ids[: MAX_LENGTH - 2]
-        return [self.tokenizer.token_to_id("[CLS]"), *words, self.tokenizer.token_to_id("[SEP]")]
+        start = self.tokenizer.token_to_id("[CLS]")
+        end = self.tokenizer.token_to_id("[SEP]")
+        return [start, *self.words(caption)[: MAX_LENGTH - 2], end]
 
     def is_cut(self, caption: str) -> bool:
-        return len(self.tokenizer.encode(caption, add_special_tokens=False).ids) > MAX_LENGTH - 2
+        return len(self.words(caption)) > MAX_LENGTH - 2
 
     @torch.no_grad()
     def score(self, captions: list[str], images: list[Image.Image]) -> list[float]:
@@ -285,8 +310,10 @@ def find_files(folder: Path | None) -> Files:
                                 f"{REPOSITORY} (1.8 GB)", "--imagereward FOLDER")  # fmt: skip
         words = hub.download(VOCABULARY, ("vocab.txt",), "model", "the vocabulary of BERT", "--imagereward FOLDER")
         return Files(from_hub / "ImageReward.pt", from_hub / "med_config.json", words / "vocab.txt")
-    weights = next((folder / name for name in ("ImageReward.pt", "model_large.pth") if (folder / name).is_file()), None)
-    found = Files(weights or folder / "ImageReward.pt", folder / "med_config.json", folder / "vocab.txt")
+    weights = folder / "model_large.pth"  # BLIP's own
+    if not weights.is_file():
+        weights = folder / "ImageReward.pt"
+    found = Files(weights, folder / "med_config.json", folder / "vocab.txt")
     for file in found:
         if not file.is_file():
             raise SystemExit(

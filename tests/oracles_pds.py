@@ -21,10 +21,10 @@ import torch
 
 from external import files
 from formats.readers import read_pairs
-from pds import analyse, armorm, candidates, clip_score, export, imagereward, rank_images, rank_responses
+from pds import analyse, armorm, candidates, clip_score, export, imagereward, images, rank_images, rank_responses
 from tests.oracles_model import Report
 
-REWARDS, COSINES, ARMORM, STATISTICS = 1e-4, 1e-4, 1e-5, 2e-6
+REWARDS, COSINES, ARMORM, STATISTICS, PIXELS = 1e-4, 1e-4, 1e-5, 2e-6, 2.0
 
 
 def read(file: Path):
@@ -38,7 +38,7 @@ def check_imagereward(report: Report, root: Path) -> None:
     found = imagereward.find_files(folder)
     rows = expected["rows"]
     captions = [expected["texts"][row["text"]] for row in rows]
-    images = [rank_images.open_as_saved(root / "images" / row["image"]) for row in rows]
+    opened = [rank_images.open_as_saved(root / "images" / row["image"]) for row in rows]
     reward = imagereward.load_imagereward(found, heads=heads)
     for name in inside.files:
         if name.startswith("pixels/"):
@@ -46,24 +46,24 @@ def check_imagereward(report: Report, root: Path) -> None:
             report.close(f"imagereward {name}", imagereward.prepare(picture, reward.image_size), inside[name], 0.0)
     for text, ids, mask in zip(expected["texts"], inside["input_ids"], inside["attention_mask"], strict=True):
         report.equal(f"imagereward ids of {text[:20]!r}", reward.caption_ids(text), ids[mask == 1].tolist())
-    scores = reward.score(captions, images)
+    scores = reward.score(captions, opened)
     report.close("imagereward rewards, one batch", scores, [row["reward"] for row in rows], REWARDS)
-    single = [reward.score([caption], [image])[0] for caption, image in zip(captions, images, strict=True)]
+    single = [reward.score([caption], [image])[0] for caption, image in zip(captions, opened, strict=True)]
     report.close("imagereward rewards, one by one", single, [row["reward"] for row in rows], REWARDS)
     for text in range(len(expected["texts"])):
         own = [(score, row) for score, row in zip(scores, rows, strict=True) if row["text"] == text]
         order = [row["rank"] for _, row in sorted(own, key=lambda pair: -pair[0])]
         report.equal(f"imagereward order of the pictures of text {text}", order, sorted(order))
-    itc = imagereward.load_itc(found, heads=heads).score(captions, images)
+    itc = imagereward.load_itc(found, heads=heads).score(captions, opened)
     report.close("blip ITC", itc, [row["blip_itc"] for row in rows], REWARDS)
 
 
 def check_clip(report: Report, root: Path) -> None:
     expected = read(root / "clip" / "expected.json")
     scorer = clip_score.load(*clip_score.find_weights(str(root / "clip")))
-    images = [rank_images.open_as_saved(root / "images" / name) for name in expected["images"]]
+    opened = [rank_images.open_as_saved(root / "images" / name) for name in expected["images"]]
     for text, cosines in zip(expected["texts"], expected["cosine"], strict=True):
-        report.close(f"clip cosines of {text[:20]!r}", scorer.score([text] * len(images), images), cosines, COSINES)
+        report.close(f"clip cosines of {text[:20]!r}", scorer.score([text] * len(opened), opened), cosines, COSINES)
 
 
 def check_armorm(report: Report, root: Path) -> None:
@@ -83,6 +83,28 @@ def check_armorm(report: Report, root: Path) -> None:
             report.close(f"armorm {name}, {way}", ours, theirs, ARMORM)
     judged = judge.score([row["question"] for row in rows], [row["answer"] for row in rows])
     report.close("armorm score, from text", [score for score, _ in judged], [row["score"] for row in rows], ARMORM)
+
+
+def check_sd3(report: Report, root: Path) -> None:
+    """Pictures one by one, and a batch of two prompts at one scale; 0..255."""
+    expected, pixels = read(root / "sd3" / "expected_rows.json")["rows"], np.load(root / "sd3" / "expected_pixels.npz")
+    pipeline = images.load_pipeline(root / "sd3", "float32", offload=False)
+    args = argparse.Namespace(steps=expected[0]["steps"], scale_argument="guidance_scale", size=None)
+    painter = images.Painter(pipeline, args, Path("unused"))
+
+    def painted(numbers: list[int]) -> np.ndarray:
+        own = [expected[i] for i in numbers]
+        values = painter.paint(
+            [row["prompt"] for row in own], own[0]["guidance"], [row["seed"] for row in own], own[0]["steps"]
+        )
+        return (values * 255).round()
+
+    for i, row in enumerate(expected):
+        report.close(f"sd3 picture {i}, scale {row['guidance']:g}", painted([i])[0], pixels[str(i)], PIXELS)
+    for scale in sorted({row["guidance"] for row in expected}):
+        numbers = [i for i, row in enumerate(expected) if row["guidance"] == scale]
+        together = np.stack([pixels[str(i)] for i in numbers])
+        report.close(f"sd3 a batch at scale {scale:g}", painted(numbers), together, PIXELS)
 
 
 def check_selection(report: Report, folder: Path) -> None:
@@ -128,19 +150,19 @@ def run(command, *argv) -> str:
 def check_release(report: Report, root: Path) -> None:
     """The release's forty candidates and thirty answers through the stages, with tiny weights."""
     released = read(root / "release" / "release.json")
-    images, answers = [], []
+    pictures, answers = [], []
     for own in released:
         for guidance in (5.0, 7.0, 9.0, 11.0):
             row = {"id": f"{own['id']}/g{guidance:g}", "prompt_id": own["id"], "topic": own["topic"]}
             picked = {"scores": {"picked": float(guidance == own["picked_guidance"])}}
-            images.append(row | picked | {"caption": own["caption"], "guidance": guidance,
+            pictures.append(row | picked | {"caption": own["caption"], "guidance": guidance,
                                           "image": f"candidates/{own['id']}-g{guidance:g}.jpg"})  # fmt: skip
         picture = f"candidates/{own['id']}-g{own['picked_guidance']:g}.jpg"
         for answer in own["answers"]:
             answers.append({"id": own["id"], "image": picture, "prompt": f"<image> {own['question']}",
                             "topic": own["topic"], "responder": answer["responder"],
                             "answer": answer["as_stored"], "finish": "eos"})  # fmt: skip
-    shares = analyse.guidance_share(rank_images.by_prompt(images), "picked")
+    shares = analyse.guidance_share(rank_images.by_prompt(pictures), "picked")
     report.equal(
         "release: Figure 4 of its picks", shares, {"art": {"n": 10, "5": 20.0, "7": 20.0, "9": 20.0, "11": 40.0}}
     )
@@ -149,7 +171,7 @@ def check_release(report: Report, root: Path) -> None:
     report.equal("release: no answer keeps the question", exported, {key: text.strip() for key, text in stored.items()})
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(temporary)
-        files.write_rows(out / "images.jsonl", images)
+        files.write_rows(out / "images.jsonl", pictures)
         files.write_rows(out / "answers.jsonl", answers)
         heads = read(root / "imagereward" / "expected.json")["config"]["vision"]["heads"]
         run(rank_images, out / "images.jsonl", "--out", out / "scores.jsonl", "--best", out / "best.jsonl",
@@ -192,6 +214,7 @@ def main(argv=None) -> None:
     check_imagereward(report, args.oracles)
     check_clip(report, args.oracles)
     check_armorm(report, args.oracles)
+    check_sd3(report, args.oracles)
     check_analysis(report, args.oracles)
     check_release(report, args.oracles)
     if args.released:
