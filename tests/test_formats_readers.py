@@ -171,6 +171,13 @@ def test_ties_are_left_out_and_counted(tmp_path, capsys):
     assert "4 rows" in out and "1 pairs; left out: 2 with all ratings equal; left out: 1 with fewer than two" in out
 
 
+def test_ratings_are_means_not_sums(tmp_path):
+    one = {"response": Y_W, "annotations": {"Helpfulness": {"Rating": "5"}}}  # mean 5, sum 5
+    three = {"response": Y_L, "annotations": rating("3", "3", "3")}  # mean 3, sum 9
+    pairs, _ = read_pairs(write(tmp_path, [{"prompt": Q, "img_path": "a.png", "completions": [three, one]}]))
+    assert (pairs[0].chosen, pairs[0].rejected) == (Y_W, Y_L)
+
+
 def test_unknown_columns_name_what_was_found_and_the_nearest(tmp_path):
     with pytest.raises(SystemExit) as e:
         read_pairs(write(tmp_path, [{"image": "a", "question": Q, "chosen": Y_W, "worse": Y_L}]))
