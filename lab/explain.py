@@ -360,7 +360,7 @@ its tokens; {END} is the end-of-sequence token, which is scored like any other.<
 
 def main(argv=None) -> None:
     p = pair_parser(__doc__.split("\n")[0])
-    p.add_argument("--out", type=Path, default=Path("explain.html"), help="the page")
+    p.add_argument("--out", type=Path, default=Path("explain.html"), help="the page (default: %(default)s)")
     args = p.parse_args(argv)
     if args.out.is_dir():
         raise SystemExit(f"--out {args.out}: a folder; give the name of the page, such as {args.out / 'explain.html'}")

@@ -25,6 +25,7 @@ from bases.adapter import load_adapter
 from data import Example, PairData, Tokens, collate
 from engine.device import autocast_for, choose_device
 from external import files
+from external.flags import whole
 from external.terminal import printable
 from lora import add_lora, lora_disabled
 from losses import Logps, Rewards
@@ -226,12 +227,14 @@ def read_args(adapter: Path) -> dict:
 
 def pair_parser(description: str) -> argparse.ArgumentParser:
     """The flags that say which pair is meant, and before or after which training."""
-    p = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(description=description)
     p.add_argument("--base", help="as in train.py; with --adapter RUN the run's own")
     p.add_argument("--data", help="as in train.py; with --adapter RUN the run's own")
-    p.add_argument("--row", type=int, nargs="+", required=True, metavar="N", help="rows as all messages count: from 1")
+    p.add_argument(
+        "--row", type=whole(1), nargs="+", required=True, metavar="N", help="rows as all messages count: from 1"
+    )
     p.add_argument("--adapter", type=Path, help="RUN, RUN/epoch-N, or any PEFT folder; without: before training")
-    p.add_argument("--epoch", type=int, default=0, help="the epoch, from 0, whose m_l is drawn")
+    p.add_argument("--epoch", type=whole(0), default=0, help="the epoch whose m_l is drawn, from 0 (default: 0)")
     p.add_argument("--image-root", type=Path, help="folder the image paths start from")
     p.add_argument("--weights", type=Path, help="folder of the base's checkpoint")
     p.add_argument("--vision-weights", type=Path, help="CLIP or SigLIP folder, for layouts without the vision tower")

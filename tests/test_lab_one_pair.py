@@ -153,6 +153,13 @@ def test_a_row_or_a_run_that_is_not_there_is_named(run):
         opened("--adapter", run, "--row", 1, 9, 77)
 
 
+@pytest.mark.parametrize("flag, value", [("--row", "0"), ("--row", "two"), ("--epoch", "-1")])
+def test_a_number_that_cannot_be_is_refused_at_once(run, flag, value, capsys):
+    with pytest.raises(SystemExit) as end:
+        opened("--adapter", run, "--row", 1, flag, value)
+    assert end.value.code == 2 and f"{value}: must be a whole number" in capsys.readouterr().err
+
+
 def test_control_characters_of_the_data_never_reach_the_terminal(run, pairs_file, tmp_path, capsys):
     rows = json.loads(pairs_file.read_text())
     rows[0] |= {"chosen": "red \x1b[31m alarm \u202e mirrored", "id": "a\x07b"}
