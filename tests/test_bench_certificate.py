@@ -1,0 +1,68 @@
+"""The certificate of a run, the claims that it refuses, and the whole speedrun in the toy world."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from bench import certificate
+from tests.test_train import run
+
+ROOT = Path(__file__).parent.parent
+
+
+def issue(tiny_base, pairs_file, folder, out) -> dict:
+    certificate.main(["--run", str(folder), "--base", str(tiny_base), "--data", str(pairs_file), "--out", str(out)])
+    return json.loads(out.read_text())
+
+
+def test_a_run_and_two_that_were_touched(tiny_base, pairs_file, tmp_path, monkeypatch):
+    run(tiny_base, pairs_file, tmp_path / "run", "--max-steps", 2)
+    found = issue(tiny_base, pairs_file, tmp_path / "run", tmp_path / "certificate.json")
+    assert found["first_loss"]["expected"] == pytest.approx(2.0794, abs=1e-4) and found["first_loss"]["holds"]
+    assert found["equal_at_zero"]["holds"] and len(found["equal_at_zero"]["policy_and_reference"]) == 3
+    assert found["adapter_reloads"] | {"sha256": ""} == {"tensors": 28, "sha256": "", "holds": True}
+    assert found["settings"]["recipe"] == "mdpo" and len(found["scorers"]["eval_chair.py"]) == 64
+
+    shutil.copytree(tmp_path / "run", tmp_path / "other-loss")
+    log = tmp_path / "other-loss" / "log.jsonl"
+    first, *rest = log.read_text().splitlines()
+    log.write_text("\n".join([json.dumps(json.loads(first) | {"loss": 2.09}), *rest]))
+    with pytest.raises(SystemExit, match="first_loss does not hold"):
+        issue(tiny_base, pairs_file, tmp_path / "other-loss", tmp_path / "b.json")
+
+    shutil.copytree(tmp_path / "run", tmp_path / "halved")
+    file = tmp_path / "halved" / certificate.ADAPTER
+    save_file({name: tensor.double() / 3 for name, tensor in load_file(file).items()}, file)  # not float32's numbers
+    with pytest.raises(SystemExit, match="adapter_reloads does not hold"):
+        issue(tiny_base, pairs_file, tmp_path / "halved", tmp_path / "c.json")
+
+
+@pytest.mark.slow  # makes a toy world and trains in it: minutes
+def test_the_speedrun_in_the_toy_world(tmp_path):
+    settings = dict(BASE="toy", OUT=str(tmp_path), PYTHON=sys.executable, TRAIN="--max-steps 4")
+    done = subprocess.run(
+        ["bash", "scripts/speedrun.sh"], cwd=ROOT, env=os.environ | settings, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    parts = [line.split()[0] for line in (tmp_path / "wall-clock.txt").read_text().splitlines()]
+    assert parts == ["download", "check", "train", "answer", "report", "certificate"]
+    found = json.loads((tmp_path / "certificate.json").read_text())
+    assert found["first_loss"]["holds"] and found["equal_at_zero"]["holds"] and found["adapter_reloads"]["holds"]
+    assert (tmp_path / "run" / "table.json").exists() and (tmp_path / "curves.svg").exists()
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) > 10
+
+
+@pytest.mark.parametrize("script", ["speedrun.sh", "h200.sh"])
+def test_scripts_are_whole(script):
+    """Their syntax; that each command of ours in them exists is seen by running them."""
+    text = (ROOT / "scripts" / script).read_text()
+    assert subprocess.run(["bash", "-n", str(ROOT / "scripts" / script)]).returncode == 0
+    assert "has not been made" in text or "No call has run" in text
+    for module in set(word for line in text.splitlines() for word in line.split() if word.startswith("bench.")):
+        assert (ROOT / (module.strip('"').replace(".", "/") + ".py")).exists(), module
