@@ -101,7 +101,6 @@ class QuantMatmul(torch.autograd.Function):
         ctx.save_for_backward(codes, scales, pairs)
         ctx.shape = shape
         ctx.dtype = dtype
-        ctx.x_dtype = x.dtype  # under autocast not the weight's
         W = dequantise(codes, scales, pairs, shape, dtype)  # (out, in)
         return F.linear(x, W, bias)  # (..., in) -> (..., out)
 
@@ -109,7 +108,7 @@ class QuantMatmul(torch.autograd.Function):
     def backward(ctx, dy):
         codes, scales, pairs = ctx.saved_tensors
         W = dequantise(codes, scales, pairs, ctx.shape, ctx.dtype)  # (out, in)
-        dx = (dy.to(ctx.dtype) @ W).to(ctx.x_dtype)  # (..., out) -> (..., in)
+        dx = dy.to(ctx.dtype) @ W  # (..., out) -> (..., in); autograd casts it to x's dtype
         return dx, None, None, None, None, None, None
 
 
