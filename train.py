@@ -18,9 +18,6 @@ import argparse
 import contextlib
 import dataclasses
 import math
-import os
-import shlex
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -44,7 +41,7 @@ from engine.memory import Room, find_room
 from engine.run_folder import Run, describe, probe
 from engine.sharding import shard as shard_base
 from external import tracking
-from external.flags import names_of, number, refuse_foreign, whole
+from external.flags import HelpWithDefaults, layer_count, names_of, number, refuse_foreign, whole
 from formats import hub_data
 from formats.problems import Demands, examine, usable
 from formats.readers import read_pairs
@@ -279,21 +276,18 @@ def start_run(
 # ---- flags ---------------------------------------------------------------------------------------------------------
 
 
-def layers(text: str) -> int:
-    """A type for argparse: how many layers; none is 0, full is more than any model has."""
-    words = {"none": 0, "full": ALL_LAYERS}
-    if text not in words and not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text}: none, full or a number of layers")
-    return words[text] if text in words else int(text)
-
-
-ALL_LAYERS = 10**6
+def defaults_of(argv) -> tuple[str, dict]:
+    """The recipe that argv names, and its settings: defaults, so a flag that is given wins."""
+    early = argparse.ArgumentParser(add_help=False)
+    early.add_argument("--recipe", default="mdpo")
+    early.add_argument("--base")
+    chosen, _ = early.parse_known_args(argv)
+    return chosen.recipe, RECIPES.get(chosen.recipe, MDPO) | (toy.SETTINGS if chosen.base == "toy" else {})
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpWithDefaults)
+    recipe, defaults = defaults_of(argv)
     yes_no = argparse.BooleanOptionalAction
     cuda = torch.cuda.is_available()
 
@@ -306,7 +300,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     g.add_argument("--vision-weights", type=Path, help="CLIP or SigLIP folder, for layouts without the vision tower")
     g.add_argument("--out", type=Path, help="run folder, must be empty or new; else runs/BASE-RECIPE-SEED")
 
-    g = p.add_argument_group("objective")
+    g = p.add_argument_group(f"objective (defaults of --recipe {recipe}; RECIPES says where each comes from)")
     g.add_argument("--terms", type=names_of(losses.TERMS), help="which of dpo,copo,ancpo")
     g.add_argument("--anchors", type=names_of(losses.ANCHORS), help="AncPO holds w above delta, l and m_l below it")
     g.add_argument("--beta", type=number(0.0, above=True), help="temperature of the rewards")
@@ -314,16 +308,16 @@ def parse_args(argv=None) -> argparse.Namespace:
     g.add_argument("--rejected-image", type=pictures.strategy, metavar="STRATEGY", help=pictures.STRATEGY_HELP)
     g.add_argument("--crop-every-epoch", default=True, action=yes_no, help="draw m_l anew each epoch, else epoch 0's")
 
-    g = p.add_argument_group("optimisation")
+    g = p.add_argument_group(f"optimisation (defaults of --recipe {recipe})")
     g.add_argument("--lr", type=number(0.0, above=True), help="peak learning rate")
-    g.add_argument("--epochs", type=whole(1))
+    g.add_argument("--epochs", type=whole(1), help="passes over the pairs")
     g.add_argument("--batch", type=whole(1), help="pairs per optimiser step")
     g.add_argument("--warmup", type=number(0.0, 1.0), help="share of the steps with rising learning rate")
-    g.add_argument("--adam-beta2", type=number(0.0, 0.999999))
-    g.add_argument("--weight-decay", type=number(0.0))
+    g.add_argument("--adam-beta2", type=number(0.0, 0.999999), help="AdamW's second beta")
+    g.add_argument("--weight-decay", type=number(0.0), help="of the LoRA matrices")
     g.add_argument("--clip", type=number(0.0, above=True), help="largest gradient norm")
-    g.add_argument("--lora-r", type=whole(1))
-    g.add_argument("--lora-alpha", type=number(0.0, above=True))
+    g.add_argument("--lora-r", type=whole(1), help="rank of the update")
+    g.add_argument("--lora-alpha", type=number(0.0, above=True), help="the update is scaled by alpha / r")
     g.add_argument("--max-steps", type=whole(1), help="stop after this many steps; the schedule ends there too")
     g.add_argument("--seed", type=whole(0), default=0, help="order of the data, m_l, LoRA's A")
 
@@ -346,12 +340,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     g.add_argument("--tokens-per-batch", type=whole(1), help="packed tokens per forward; on CUDA as many as fit")
     g.add_argument("--reference", choices=("live", "cached"), help="reference log-probs; with --pack cached")
     g.add_argument("--compile", action=yes_no, help="torch.compile the decoder block; with --pack, on Ampere or newer")
-    g.add_argument("--checkpointing", type=layers, help="recompute none, full or N layers; on CUDA as few as fit")
+    g.add_argument("--checkpointing", type=layer_count, help="recompute none, full or N layers; on CUDA as few as fit")
 
     refuse_foreign(p, argv)
-    # the recipe's settings are defaults: a flag that is given wins
-    chosen, _ = p.parse_known_args(argv)
-    p.set_defaults(**RECIPES[chosen.recipe] | (toy.SETTINGS if chosen.base == "toy" else {}))
+    p.set_defaults(**defaults)
     args = p.parse_args(argv)
     if args.reference == "cached" and not args.pack:
         p.error("--reference cached keeps the log-probs of packed rows: add --pack")
@@ -359,12 +351,10 @@ def parse_args(argv=None) -> argparse.Namespace:
         p.error("--compile needs a CUDA device, and a base that is not sharded")
     if args.shard and args.quant:
         p.error("--shard and --quant exclude each other")
-    if args.shard and "RANK" not in os.environ:
+    if args.shard and not distributed.under_torchrun():
         p.error("--shard needs several processes: torchrun --nproc-per-node N train.py ...")
     args.reference = args.reference or ("cached" if args.pack else "live")
     args.compile = args.pack and has_flash() and not args.shard if args.compile is None else args.compile
-    given = sys.argv[1:] if argv is None else list(argv)
-    args.command = shlex.join(["python", "train.py", *[word for word in given if word != "--resume"], "--resume"])
     if not args.data and args.base != "toy":  # the paper's own run
         args.data = "pds-dpo" if args.recipe == "pds-dpo" else hub_data.DEFAULT
     return args

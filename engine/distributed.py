@@ -77,11 +77,15 @@ class World:
             dist.barrier()
 
 
+def under_torchrun() -> bool:
+    return "RANK" in os.environ
+
+
 def join() -> World:
     """The world that torchrun's environment describes; ranks but the first print nothing."""
     if dist.is_initialized():
         return World(dist.get_rank(), dist.get_world_size())
-    if "RANK" not in os.environ:
+    if not under_torchrun():
         return World()
     cuda = torch.cuda.is_available()
     if cuda:

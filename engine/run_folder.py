@@ -9,8 +9,10 @@ import json
 import math
 import os
 import platform
+import shlex
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections import defaultdict
@@ -92,6 +94,8 @@ def describe(args: dict, model: nn.Module, data: PairData) -> dict:
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in args.items()}
     settings["rejected_image"] = data.strategy
     settings["pairs"] = len(data)
+    words = [word for word in sys.argv[1:] if word != "--resume"]
+    settings["command"] = shlex.join(["python", "train.py", *words, "--resume"])  # what takes the run up again
     settings["data_sha256"] = data.digest()
     settings["made"] = environment(weight.device)
     return settings

@@ -48,6 +48,13 @@ def refuse_foreign(parser: argparse.ArgumentParser, argv: list[str] | None) -> N
             parser.error(f"{flag}: here {FOREIGN[flag]} (docs/flags.md)")
 
 
+class HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter):
+    """--help with the default of each flag that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def whole(low: int, high: float = math.inf) -> Callable[[str], int]:
     """A whole number from `low` to `high`."""
 
@@ -94,3 +101,14 @@ def names_of(known: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
         return given
 
     return convert
+
+
+ALL_LAYERS = 10**6  # more than any model has
+
+
+def layer_count(text: str) -> int:
+    """How many layers: none, full, or a number."""
+    words = {"none": 0, "full": ALL_LAYERS}
+    if text not in words and not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text}: none, full or a number of layers")
+    return words[text] if text in words else int(text)
