@@ -189,7 +189,7 @@ def verdict(numbers: Numbers) -> list[str]:
         down = "has gained less with the right picture than with the wrong one"
         found.append(finding(w.reward - m_l.reward, up, down, "in reward"))
     nats = float((w.policy - w.reference).sum())
-    times = f"e^{nats:.1f}" if abs(nats) > 7 else f"{math.exp(nats):.2f}"
+    times = f"e<sup>{nats:.1f}</sup>" if abs(nats) > 7 else f"{math.exp(nats):.2f}"
     up, down = f"is {times} times as likely as before", f"is only {times} times as likely as before"
     found.append(finding(nats, up, down, "nats"))
     return found
