@@ -89,6 +89,13 @@ def test_pds_dpo_is_one_of_four_overlapping_files(name, file, cache, capsys):
     assert pairs[1].where == f"{name}/{file}-pds-dpo.json:2"
 
 
+def test_of_overlapping_files_only_one_is_fetched(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(hub_data, "download", lambda *args: asked.append(args) or tmp_path)
+    assert hub_data.fetch("pds-dpo-5k", with_pictures=False) == tmp_path / "5k-pds-dpo.json"
+    assert asked == [("pdsdpo/pdsdpo-v1_0-data", ("5k-pds-dpo.json",))]
+
+
 @pytest.mark.parametrize("damage", ["cut tar", "encrypted zip", "large"])
 def test_archives_that_cannot_be_unpacked_leave_nothing(damage, cache, tmp_path, monkeypatch):
     put(cache, "fwnlp/mDPO-preference-data", {"d.json": json.dumps(MDPO).encode()})
