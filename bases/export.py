@@ -49,9 +49,10 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     out, part = args.out, args.out.with_name(args.out.name + ".part")
-    for there in (out, part):  # the latter is left by a killed export
-        if there.exists():
-            raise SystemExit(f"{there}: exists already; an export never overwrites")
+    if out.exists():
+        raise SystemExit(f"{out}: exists already; an export never overwrites")
+    if part.exists():
+        raise SystemExit(f"{part}: exists already. If no other export is writing it, one was killed there: remove it")
     folder = checkpoint.resolve(args.base, args.weights)
     stored, _ = checkpoint.checkpoint_tensors(folder, args.vision_weights)
     own = read_tensor(stored["language_model.norm.weight"]).dtype

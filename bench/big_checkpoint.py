@@ -59,13 +59,14 @@ def write(folder: Path, c: Config) -> None:
         return made
 
     write_shards(folder, shapes, torch.float16, tensor)
-    files.write_json(folder / "config.json", {
+    config = {
         "model_type": "llava",
         "text_config": {"vocab_size": c.vocab, "rms_norm_eps": c.eps, "num_hidden_layers": c.layers},
         "vision_config": {},
         "image_token_index": c.image_id,
         "pad_token_id": c.pad_id,
-    })  # fmt: skip
+    }
+    files.write_json(folder / "config.json", config)
 
 
 def main(argv=None) -> None:
