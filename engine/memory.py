@@ -6,7 +6,6 @@ Nothing here changes a number: a step's gradients are sums over its examples how
 """
 
 import math
-import resource
 import sys
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -18,15 +17,22 @@ from data import Example, PairData
 from engine.batches import epoch_keys
 from external.progress import progress
 
+try:
+    import resource
+except ModuleNotFoundError:  # Windows
+    resource = None
+
 GIB = 2**30
 CPU_TOKENS = 8192  # packed tokens per row where no trial step decides
 SHARE = 0.92  # of the free memory that a trial step may take; the rest is for fragments
 
 
 def peak_gib(device: torch.device) -> float:
-    """Largest memory so far: allocated on the GPU, or resident in this process."""
+    """Largest memory so far: allocated on the GPU, or resident in this process; nan where nobody counts it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / GIB
+    if resource is None:
+        return math.nan
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB here
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
 

@@ -37,6 +37,9 @@ FOREIGN = {  # flags of TRL and LLaMA-Factory, and what says the same here; diff
     "--dataloader_num_workers": "--workers",
     "--save_steps": "--save-every",
     "--resume_from_checkpoint": "--resume",
+    "--report_to": "--track",
+    "--load_in_4bit": "--quant",
+    "--quantization_bit": "--quant",
 }
 
 

@@ -17,6 +17,7 @@ BROUGHT = {  # by packages that are on the list
     "httpx2": "openai",
     "torchvision": "open_clip_torch",
 }
+NOT_ON_WINDOWS = {"fcntl", "grp", "pwd", "resource", "termios"}
 ELSEWHERE = {"spacy"}  # in an environment of its own (evals/similarity.py)
 
 
@@ -68,3 +69,9 @@ def test_the_chapters_and_the_rooms_import_nothing_optional_before_it_is_asked_f
     for file in source_files():
         if file.parent.name != "bench":  # its extra has what our speed is measured against
             assert packages(imported_at_once(file)) - core == set(), file
+
+
+def test_training_imports_nothing_that_windows_has_not():
+    for file in source_files():
+        if file.parent.name not in ("bench", "pds"):
+            assert imported_at_once(file) & NOT_ON_WINDOWS == set(), file
