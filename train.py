@@ -30,8 +30,8 @@ import pictures
 import toy
 from bases import quant
 from bases.adapter import save_adapter
-from bases.architectures import architecture_of
-from bases.checkpoint import BASE_HELP, base_sha256, load_base, resolve, source_of
+from bases.architectures import architecture_of, read_config
+from bases.checkpoint import BASE_HELP, base_sha256, checkpoint_tensors, load_model, resolve, source_of
 from bases.tokenizer import load_processor
 from data import MAX_LENGTH, Example, PairData, collate
 from engine import distributed
@@ -201,10 +201,9 @@ def fast_path(model, compiled: bool, reference: str, any_rank: Callable[[bool], 
 def load_base_and_data(args: argparse.Namespace, device: torch.device) -> tuple[LLaVA, PairData]:
     """The frozen base, and the pairs as it reads them. A user's mistake ends here, before anything is written."""
     pairs, problems = read_pairs(args.data, args.image_root)
-    place = torch.device("cpu") if args.shard else device  # one GPU need not hold a base that is to be sharded
-    dtype = getattr(torch, args.dtype)
-    model, folder = load_base(args.base, args.weights, args.vision_weights, dtype, place, args.quant)
-    processor = load_processor(folder, model.config)
+    folder = resolve(args.base, args.weights)
+    _, vision = checkpoint_tensors(folder, args.vision_weights)
+    processor = load_processor(folder, read_config(folder, vision))
     if args.bunny_template == "released":
         processor.template = dataclasses.replace(processor.template, response_blank=False)
     demands = Demands(
@@ -224,6 +223,8 @@ def load_base_and_data(args: argparse.Namespace, device: torch.device) -> tuple[
         with_image=demands.with_image,
         max_length=args.max_length,
     )
+    place = torch.device("cpu") if args.shard else device  # one GPU need not hold a base that is to be sharded
+    model = load_model(folder, args.vision_weights, getattr(torch, args.dtype), place, args.quant)
     return model, data
 
 

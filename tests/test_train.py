@@ -74,7 +74,8 @@ def test_a_bad_row_stops_before_anything_is_written_or_is_left_out(tiny_base, pa
         row["image"] = str(pairs_file.parent / row["image"])
     data = pairs_file.parent / "bad.json"
     data.write_text(json.dumps(rows))
-    with pytest.raises(SystemExit) as stop:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(train, "load_model", lambda *_: pytest.fail("the base was loaded before the data was checked"))
         run(tiny_base, data, tmp_path / "run")
     message = str(stop.value)
     assert "bad.json:2: id p1: empty rejected" in message and "2 of 5 rows" in message
