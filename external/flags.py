@@ -38,7 +38,8 @@ FOREIGN = {  # flags of TRL and LLaMA-Factory, and what says the same here; diff
     "--save_steps": "--save-every",
     "--resume_from_checkpoint": "--resume",
     "--report_to": "--track",
-    "--load_in_4bit": "--quant",
+    "--load_in_4bit": "--quant nf4",
+    "--load_in_8bit": "--quant int8",
     "--quantization_bit": "--quant",
 }
 
