@@ -164,7 +164,7 @@ def check_settings(file: Path, beside: Path, old: dict, settings: dict) -> None:
         made = f"{shown} {was!r} ({beside.name}), this run has {now!r}"
         if was == now:
             made = f"other {shown} under the same name ({name} in {beside.name})"
-        raise SystemExit(f"{file} was begun with {made}. Give the same settings, or another --out.")
+        raise SystemExit(f"{file} was made with {made}. Give the same settings, or another --out.")
 
 
 def read_partial(file: Path, questions: dict[str, dict], settings: dict) -> dict[str, dict]:

@@ -133,7 +133,7 @@ def test_other_settings_do_not_go_on(asked, more, name):
     _, args, out = asked
     answers.main(args)
     before = out.read_bytes()
-    with pytest.raises(SystemExit, match=f"begun with {name} "):
+    with pytest.raises(SystemExit, match=f"made with {name} "):
         answers.main([*args, *more])
     assert out.read_bytes() == before
 
@@ -169,7 +169,7 @@ def test_adapter_changes_answers_and_is_recorded(asked, tiny_base, tmp_path):
     for p in parameters:
         p.data = torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
     adapter.save_adapter(model, tmp_path / "run", "tiny")
-    with pytest.raises(SystemExit, match="begun with adapter None"):
+    with pytest.raises(SystemExit, match="made with adapter None"):
         answers.main([*args, "--adapter", str(tmp_path / "run")])
     args[5] = str(tmp_path / "b.jsonl")
     answers.main([*args, "--adapter", str(tmp_path / "run")])
@@ -221,7 +221,7 @@ def test_answers_of_another_base_under_the_same_name_are_not_resumed(asked, tiny
     weights = load_file(base / "model.safetensors")
     weights[min(weights)].view(-1)[0] += 1
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(SystemExit, match="begun with other base under the same name .base_sha256"):
+    with pytest.raises(SystemExit, match="made with other base under the same name .base_sha256"):
         answers.main(args)
     assert out.read_bytes() == before
 
@@ -235,7 +235,7 @@ def test_answers_about_replaced_pictures_are_not_resumed(asked, tmp_path):
         shutil.copy(tmp_path / f"{i}.png", copy)
     answers.main([*args, "--image-root", str(copy)])  # the same pictures elsewhere
     Image.new("RGB", (30, 40), (1, 2, 3)).save(copy / "2.png")
-    with pytest.raises(SystemExit, match="begun with other pictures under the same name"):
+    with pytest.raises(SystemExit, match="made with other pictures under the same name"):
         answers.main([*args, "--image-root", str(copy)])
 
 
