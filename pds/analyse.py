@@ -52,8 +52,12 @@ def complete_prompts(rows: list[Row], scorers: list[str]) -> tuple[dict[str, lis
     wanted = max(map(len, prompts.values()))
     complete, left_out = {}, {}
     for prompt, own in prompts.items():
-        lacking = [f"no {name} score for {row['id']}" for row in own for name in scorers
-                   if not rank_images.is_score(row.get("scores", {}).get(name))]  # fmt: skip
+        lacking = []
+        for row in own:
+            scores = row.get("scores") or {}
+            lacking += [
+                f"no {name} score for {row['id']}" for name in scorers if not rank_images.is_score(scores.get(name))
+            ]
         if len(own) < wanted:
             left_out[prompt] = f"{len(own)} of {wanted} candidates"
         elif lacking:
@@ -65,23 +69,35 @@ def complete_prompts(rows: list[Row], scorers: list[str]) -> tuple[dict[str, lis
 
 def top_k_overlap(orders: list[dict[str, list]], scorers: tuple[str, ...], k: int) -> float:
     """100 * mean over prompts of |intersection of the k best| / k. `orders`: {scorer: best first} of each prompt."""
-    common = [set.intersection(*(set(order[name][:k]) for name in scorers)) for order in orders]
-    return 100 * sum(map(len, common)) / (k * len(orders))
+    common = 0
+    for order in orders:
+        best_sets = [set(order[name][:k]) for name in scorers]
+        common += len(set.intersection(*best_sets))
+    return 100 * common / (k * len(orders))
 
 
 def overlaps(prompts: dict[str, list[Row]], scorers: list[str]) -> dict:
     """{"a & b": {top1, top2, ...}, ...} for every group of scorers, and what chance would give."""
     n = max(map(len, prompts.values()))
-    orders = [{name: [row["id"] for row in rank_images.ranked(own, name)] for name in scorers}
-              for own in prompts.values()]  # fmt: skip
+    orders = [best_first(own, scorers) for own in prompts.values()]
     found, chance = {}, {}
     for size in range(2, len(scorers) + 1):
         for group in combinations(scorers, size):
             name = " & ".join(group)
-            found[name] = {f"top{k}": round(top_k_overlap(orders, group, k), 4) for k in range(1, n)}
-            # a picture is among one scorer's k best with probability k/n: n (k/n)^size of them are among everybody's
-            chance[name] = {f"top{k}": round(100 * (k / n) ** (size - 1), 4) for k in range(1, n)}
+            found[name], chance[name] = {}, {}
+            for k in range(1, n):
+                found[name][f"top{k}"] = round(top_k_overlap(orders, group, k), 4)
+                # one scorer has a picture among its k best with probability k/n: all have n (k/n)^size of them
+                chance[name][f"top{k}"] = round(100 * (k / n) ** (size - 1), 4)
     return {"overlap": found, "chance": chance}
+
+
+def best_first(candidates_of_one: list[Row], scorers: list[str]) -> dict[str, list]:
+    """{scorer: ids of the candidates, best first}."""
+    orders = {}
+    for name in scorers:
+        orders[name] = [row["id"] for row in rank_images.ranked(candidates_of_one, name)]
+    return orders
 
 
 def guidance_share(prompts: dict[str, list[Row]], scorer: str) -> dict:
@@ -100,13 +116,19 @@ def guidance_share(prompts: dict[str, list[Row]], scorer: str) -> dict:
 
 def image_scores(rows: list[Row], scorers: list[str]) -> dict[str, list[float]]:
     """scorer -> every score it gave."""
-    given = {name: [(row.get("scores") or {}).get(name) for row in rows] for name in scorers}
-    return {name: [value for value in own if rank_images.is_score(value)] for name, own in given.items()}
+    values = {name: [] for name in scorers}
+    for row in rows:
+        for name, value in (row.get("scores") or {}).items():
+            if rank_images.is_score(value):
+                values[name].append(value)
+    return values
 
 
 def analyse_scores(rows: list[Row]) -> dict:
     """Everything about candidates; the first scorer of the file is the one that chose."""
-    scorers = list(dict.fromkeys(name for row in rows for name in row.get("scores") or {}))
+    scorers = []
+    for row in rows:
+        scorers += [name for name in row.get("scores") or {} if name not in scorers]
     complete, left_out = complete_prompts(rows, scorers)
     if not complete:
         raise SystemExit(f"no prompt has all its candidates and scores; left out: {left_out}")

@@ -82,7 +82,8 @@ class ArmoRM(nn.Module):
         positions = torch.arange(ids.shape[1], device=ids.device)[None]  # (1, T)
         hidden = self.model(self.model.embed_tokens(ids), positions, causal)  # (B, T, C)
         rows = torch.arange(len(ids), device=ids.device)
-        at_last, at_gate = hidden[rows, lasts].float(), hidden[rows, gates].float()  # (B, C) each
+        at_last = hidden[rows, lasts].float()  # (B, T, C) -> (B, C)
+        at_gate = hidden[rows, gates].float()
         return self.regression_layer(at_last), self.gating(at_gate)
 
     def score(self, rewards: Tensor, gating: Tensor) -> Tensor:
@@ -132,7 +133,9 @@ class Judge:
     """score(questions, answers) -> Judgement each."""
 
     def __init__(self, model: ArmoRM, chat: Chat, max_length: int):
-        self.model, self.chat, self.max_length = model, chat, max_length
+        self.model = model
+        self.chat = chat
+        self.max_length = max_length
 
     def length(self, question: str, answer: str) -> int:
         return len(self.chat.ids(question, answer))
@@ -141,7 +144,8 @@ class Judge:
     def score_ids(self, rows: list[list[int]]) -> list[Judgement]:
         """Rows of ids, of any lengths -> their judgements."""
         device = self.model.regression_layer.weight.device
-        gates = torch.tensor([self.chat.gate(ids) for ids in rows], device=device)  # (B,)
+        gates = [self.chat.gate(ids) for ids in rows]
+        gates = torch.tensor(gates, device=device)  # (B,)
         lasts = torch.tensor([len(ids) - 1 for ids in rows], device=device)  # (B,)
         tensors = [torch.tensor(ids) for ids in rows]
         padded = nn.utils.rnn.pad_sequence(tensors, batch_first=True).to(device)  # (B, T); the padding is never read

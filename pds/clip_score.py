@@ -21,7 +21,10 @@ class Scorer:
     """score(captions, images) -> cosines."""
 
     def __init__(self, model: torch.nn.Module, prepare, tokenizer, device: str):
-        self.model, self.prepare, self.tokenizer, self.device = model.to(device).eval(), prepare, tokenizer, device
+        self.model = model.to(device).eval()
+        self.prepare = prepare
+        self.tokenizer = tokenizer
+        self.device = device
 
     def is_cut(self, caption: str) -> bool:
         """Whether tokens are left over behind the model's context; behind the end of a text there is only padding."""
@@ -36,9 +39,11 @@ class Scorer:
 
     @torch.no_grad()
     def score(self, captions: list[str], images: list[Image.Image]) -> list[float]:
-        pixels = torch.stack([self.prepare(image) for image in images]).to(self.device)  # (B, 3, S, S)
+        prepared = [self.prepare(image) for image in images]
+        pixels = torch.stack(prepared).to(self.device)  # (B, 3, S, S)
         image = self.model.encode_image(pixels, normalize=True)  # (B, P)
-        return (image * self.encode_texts(captions)).sum(-1).tolist()  # (B, P) -> (B,)
+        text = self.encode_texts(captions)  # (B, P)
+        return (image * text).sum(-1).tolist()  # (B, P) -> (B,)
 
 
 def find_weights(name: str) -> tuple[str, Path]:

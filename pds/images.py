@@ -261,7 +261,7 @@ def describe(args: argparse.Namespace, folder: Path | None) -> dict:
     """All that decides what the pictures are, beside the prompts."""
     common = {"stage": "images", "in": runner.beside(args.input, args.out), "guidance": args.guidance}
     if folder is None:
-        return common | {"model": f"pictures of {args.images}"}
+        return common | {"model": f"pictures of {args.images.name}"}
     weights = sorted(folder.glob("*/*.safetensors"))
     return (
         common

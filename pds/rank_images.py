@@ -106,24 +106,30 @@ class Judge:
     def __call__(self, rows: list[Row]) -> list[Row]:
         with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter lock
             opened = list(pool.map(self.open, rows))
-        good = [(row, image) for row, image in zip(rows, opened, strict=True) if isinstance(image, Image.Image)]
-        captions, images = [row["caption"] for row, _ in good], [image for _, image in good]
-        scores = {runner.row_key(row): dict(row.get("scores") or {}) for row, _ in good}
-        for name, scorer in self.scorers.items():
-            values = scorer.score(captions, images) if good else []
-            for (row, _), value in zip(good, values, strict=True):
-                scores[runner.row_key(row)][name] = value
-            self.cut[name] |= {caption for caption in captions if scorer.is_cut(caption)}
-        self.seen |= set(captions)
-        return [self.result(row, image, scores) for row, image in zip(rows, opened, strict=True)]
+        usable = [i for i, image in enumerate(opened) if isinstance(image, Image.Image)]
+        judged = self.judge([rows[i] for i in usable], [opened[i] for i in usable])
+        results = [runner.failed(row, f"{problem}") for row, problem in zip(rows, opened, strict=True)]
+        for i, row in zip(usable, judged, strict=True):
+            results[i] = row
+        return results
 
-    def result(self, row: Row, image: Image.Image | str, scores: dict) -> Row:
-        if isinstance(image, str):
-            return runner.failed(row, image)
-        own = scores[runner.row_key(row)]
-        if bad := [name for name in self.scorers if not math.isfinite(own[name])]:
+    def judge(self, rows: list[Row], images: list[Image.Image]) -> list[Row]:
+        """Rows with pictures that can be used -> the same with scores, or with `error` where one is no number."""
+        captions = [row["caption"] for row in rows]
+        scores = [dict(row.get("scores") or {}) for row in rows]  # of an earlier run with other scorers
+        self.seen |= set(captions)
+        for name, scorer in self.scorers.items():
+            self.cut[name] |= {caption for caption in captions if scorer.is_cut(caption)}
+            values = scorer.score(captions, images) if rows else []
+            for own, value in zip(scores, values, strict=True):
+                own[name] = value
+        return [self.checked(row, own) for row, own in zip(rows, scores, strict=True)]
+
+    def checked(self, row: Row, scores: dict[str, float]) -> Row:
+        bad = [name for name in self.scorers if not math.isfinite(scores[name])]
+        if bad:
             return runner.failed(row, f"the score of {', '.join(bad)} is not a finite number")
-        return row | {"scores": own}
+        return row | {"scores": scores}
 
     def say_cut(self) -> None:
         for name, captions in self.cut.items():

@@ -83,13 +83,17 @@ def as_exported(row: Row) -> Row:
 
 def judged(judge, rows: list[Row]) -> list[Row]:
     """Rows with `score` and `rewards`, or with `error` where the model cannot read or score them."""
-    questions = [candidates.bare(row["prompt"]) for row in rows]
-    lengths = [judge.length(q, row["answer"]) for q, row in zip(questions, rows, strict=True)]
-    short = [i for i, length in enumerate(lengths) if length <= judge.max_length]
-    scores = judge.score([questions[i] for i in short], [rows[i]["answer"] for i in short]) if short else []
-    results = [runner.failed(row, f"{length} tokens, the judge reads {judge.max_length}")
-               for row, length in zip(rows, lengths, strict=True)]  # fmt: skip
-    for i, (score, rewards) in zip(short, scores, strict=True):
+    results, fitting = [], []
+    for row in rows:
+        length = judge.length(candidates.bare(row["prompt"]), row["answer"])
+        if length <= judge.max_length:
+            fitting.append(len(results))
+        results.append(runner.failed(row, f"{length} tokens, the judge reads {judge.max_length}"))
+    if not fitting:
+        return results
+    questions = [candidates.bare(rows[i]["prompt"]) for i in fitting]
+    answers = [rows[i]["answer"] for i in fitting]
+    for i, (score, rewards) in zip(fitting, judge.score(questions, answers), strict=True):
         if math.isfinite(score):
             results[i] = rows[i] | {"score": score, "rewards": rewards}
         else:

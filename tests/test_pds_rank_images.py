@@ -80,6 +80,13 @@ def test_a_failed_candidate_is_no_candidate():
     assert best == [] and dropped == {"no picture": 1}
 
 
+@pytest.mark.parametrize("mode, kept", [("RGBA", "RGBA"), ("P", "P"), ("L", "RGB"), ("RGB", "RGB")])
+def test_a_picture_reaches_the_scorers_as_it_was_saved(tmp_path, mode, kept):
+    """Transparency and palettes are resized before they are RGB, as both official scorers do."""
+    Image.new(mode, (9, 9)).save(tmp_path / "x.png")
+    assert rank_images.open_as_saved(tmp_path / "x.png").mode == kept
+
+
 # ---- the stage -----------------------------------------------------------------------------------------------------
 
 
