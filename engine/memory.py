@@ -78,7 +78,7 @@ def choose(plans: list[Plan], trial: Callable[[Plan], tuple[float, float]]) -> P
             print(f"memory: the largest micro-batch of the first epoch: {'; '.join(tried)}. The last is taken.")
             return plan
     raise SystemExit(
-        f"memory: no trial step fits: {'; '.join(tried)}. Give a smaller --max-length, a quantised base, or a larger "
+        f"memory: no trial step fits: {'; '.join(tried)}. Give a smaller --max-length, --quant nf4, or a larger "
         "GPU, or let the plan decide without --tokens-per-batch, --micro-batch and --checkpointing."
     )
 

@@ -6,8 +6,8 @@
 #     JUDGE="--judge URL --judge-model M" scripts/speedrun.sh      with a judge for MMHal-Bench (docs/evaluation.md)
 #     BASE=toy scripts/speedrun.sh                                 the same steps in a toy world, on a CPU, in minutes
 #
-# The real run has not been made yet: nobody has had the GPU. The toy one is tested. A run that was stopped is gone on
-# with by the same command: what is there is not made again.
+# The real run has not been made yet: nobody has had the GPU. The toy one is tested, in a small world. A run that was
+# stopped is resumed by the same command: what is there is not made again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
@@ -28,6 +28,7 @@ part() { # part NAME COMMAND...: runs it and notes how long it took
 }
 
 if [ "$BASE" = toy ]; then
+    export OMP_NUM_THREADS=1 # models this small lose by a second thread
     world=$OUT/toy-world-0
     base=$world/base
     data=$world/pairs/train.jsonl

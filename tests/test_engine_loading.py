@@ -12,6 +12,7 @@ import torch
 from bases.checkpoint import read_config
 from bases.tokenizer import load_processor
 from data import PairData
+from engine import loading
 from engine.batches import epoch_keys
 from engine.loading import example_bytes, example_loader, fit_shared_memory, free_shared_memory
 from formats.readers import read_pairs
@@ -105,3 +106,20 @@ def test_eight_workers_in_64_mb_of_shared_memory(tmp_path):
     env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, env=env)
     assert run.stdout.splitlines()[-1:] == ["199"], run.stdout + run.stderr
+
+
+@pytest.mark.parametrize(
+    "workers, batch, each",
+    [
+        (2, 32, 16),  # 8 each left half a step to be prepared while the GPU waited
+        (4, 32, 8),
+        (3, 32, 11),  # 3 x 11 = 33
+        (2, 4, 8),
+    ],
+)
+def test_a_whole_step_is_prepared_ahead(data, workers, batch, each, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(loading, "DataLoader", lambda _, **flags: asked.update(flags) or [])
+    monkeypatch.setattr(loading, "free_shared_memory", lambda: ROOMY)
+    assert list(example_loader(data, [], workers, batch)) == []
+    assert asked["prefetch_factor"] == each and workers * each >= batch

@@ -60,7 +60,7 @@ def test_the_plan_for_7b_on_four_cards(card, expected, capsys):
 
 
 def test_a_card_that_is_too_small_is_refused_before_step_0():
-    with pytest.raises(SystemExit, match="no trial step fits.*32 layers recomputed.*quantised base"):
+    with pytest.raises(SystemExit, match="no trial step fits.*32 layers recomputed.*--quant nf4"):
         memory.choose(memory.candidates(layers=32, size=None, recomputed=None), allocator(16))
 
 
