@@ -12,7 +12,17 @@ from torch.profiler import ProfilerActivity
 from torch.profiler import profile as torch_profile
 
 from bench.gpu_correct import run_both
-from bench.measuring import Report, Sizes, adapted_model, examples, milliseconds, seconds, training_spans, wait
+from bench.measuring import (
+    Report,
+    Sizes,
+    adapted_model,
+    examples,
+    fill_row,
+    milliseconds,
+    seconds,
+    training_spans,
+    wait,
+)
 from data import normalised
 from engine import packing
 from engine.device import autocast_for, compile_blocks, has_flash
@@ -221,10 +231,10 @@ def generate(s: Sizes, report: Report) -> None:
 
 # ---- memory --------------------------------------------------------------------------------------------------------
 
-EXPECTED = {  # GiB of a step of 7B with AdamW's state: (tokens about, compiled) -> by layers recomputed, 0, 16, 32
-    (2048, True): (24.0, 20.2, 16.4),
-    (8192, True): (49.0, 33.8, 18.8),
-    (16384, True): (82.7, 51.3, 22.5),
+EXPECTED = {  # GiB of a compiled step of 7B with AdamW's state, by tokens; with 0, 16 and 32 layers recomputed
+    2048: (24.0, 20.2, 16.4),
+    8192: (49.0, 33.8, 18.8),
+    16384: (82.7, 51.3, 22.5),
 }
 
 
@@ -239,7 +249,7 @@ def memory(s: Sizes, report: Report) -> None:
         if compiled:
             compile_blocks(model.language_model.layers)
         for tokens in (2048, 8192, 16384) if s.cuda else (s.row,):
-            row = packing.pack(packing.split_by_tokens(made, tokens)[0]).to(s.device)
+            row = fill_row(made, tokens).to(s.device)
             for i, recomputed in enumerate((0, layers // 2, layers)):
                 model.language_model.checkpointed = recomputed
                 peak, spent = peak_of_a_step(model, row, s)
@@ -249,7 +259,7 @@ def memory(s: Sizes, report: Report) -> None:
                     f"recomputed: {peak:.1f} GiB with AdamW's state, {spent:.0f} ms"
                 )
                 if s.cuda and compiled:
-                    bound = 1.1 * EXPECTED[tokens, compiled][i]
+                    bound = 1.1 * EXPECTED[tokens][i]
                     report.at_most(f"GiB at {tokens} tokens with {recomputed} recomputed", peak, bound)
                     if tokens == 2048 and recomputed == layers:
                         report.at_most("one example in GB, as a 20 GB card counts", peak * GIB / 1e9, 20)
@@ -293,7 +303,7 @@ def profile(s: Sizes, report: Report) -> None:
     if has_flash(s.device):
         compile_blocks(model.language_model.layers)
     made = examples(s.full, 8, s.prompt, s.response)
-    row = packing.pack(packing.split_by_tokens(made, s.row)[0]).to(s.device)
+    row = fill_row(made, s.row).to(s.device)
     for _ in range(3 if s.cuda else 1):
         run_both(model, row)
     wait(s.device)

@@ -10,7 +10,7 @@ import torch
 from bench.inputs import SHAPES, random_model, randomise_adapter
 from data import Example, Pair
 from engine.device import choose_device
-from engine.packing import Span
+from engine.packing import Packed, Span, pack
 from lora import add_lora
 from model import Config, LLaVA
 
@@ -82,6 +82,17 @@ def examples(config: Config, n: int, prompt: int, response: int, seed: int = 0) 
         m_w, m_l = (torch.randint(0, 256, (3, size, size), dtype=torch.uint8, generator=g) for _ in range(2))
         made.append(Example(pair, ids, answer(), answer(), m_w, m_l))
     return made
+
+
+def fill_row(made: list[Example], tokens: int) -> Packed:
+    """The first examples in one packed row, as many as fit, one at least."""
+    taken, length = [made[0]], made[0].tokens()
+    for example in made[1:]:
+        length += example.tokens()
+        if length > tokens:
+            break
+        taken.append(example)
+    return pack(taken)
 
 
 def adapted_model(config: Config, dtype: torch.dtype, device: torch.device, r: int = 64, zero: bool = False) -> LLaVA:

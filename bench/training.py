@@ -227,7 +227,7 @@ def one_setting(args: argparse.Namespace) -> dict:
     tricks = tricks_of_rows(cuda, config.layers)[args.setting]
     pairs, left_out = kept_rows(args.data, args.longest)
     if tricks.workers:
-        pairs = pairs * math.ceil(3 * STEP / len(pairs))  # a few steps, so that the loader has something to be late for
+        pairs = pairs * math.ceil(2 * STEP / len(pairs))  # two steps: the loader has something to be late for
     processor = Processor(Tokenizer.from_file(str(args.tokenizer)), config)
     data = PairData(pairs, processor, "crop" if args.objective == "mdpo" else None)
     card = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
