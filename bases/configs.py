@@ -104,7 +104,7 @@ def read_llava(c: Fields, vision: Fields | None) -> Config:
         rope_theta=read_rope(t, "rope_theta", 10000.0, most=1e9),
         image_id=-200 if original else read_image_id(c),  # the original has no row for <image>
         pad_id=max(0, c.whole("pad_token_id", 0, least=-1)),  # any row will do: padding is masked
-        bos_id=t.whole("bos_token_id", d.bos_id, least=0) or d.bos_id,
+        bos_id=t.whole("bos_token_id", d.bos_id, least=0) or d.bos_id,  # 0, <unk>, is what early Llama files say
         eos_id=t.whole("eos_token_id", d.eos_id, least=0) or d.eos_id,
     )
     if t.get("head_dim", config.head_dim) != config.head_dim:

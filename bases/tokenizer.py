@@ -33,7 +33,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     file = folder / "tokenizer.json"
     if file.is_file():
         model = files.read_json(file, dict).get("model")
-        if not isinstance(model, dict) or "vocab" not in model:
+        if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict | list):
             raise SystemExit(f"{file}: holds no vocabulary; is it the tokenizers library's file?")
         return Tokenizer.from_file(str(file))
     if (folder / "tokenizer.model").is_file():

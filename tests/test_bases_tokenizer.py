@@ -81,6 +81,7 @@ def test_a_published_vocabulary_permuted(base):
     ('{"version": "1.0", "model": {"type"', "tokenizer.json: broken JSON"),
     ("{}", "tokenizer.json: holds no vocabulary"),
     ('{"model": []}', "tokenizer.json: holds no vocabulary"),
+    ('{"model": {"vocab": 3}}', "tokenizer.json: holds no vocabulary"),
     ("[]", "tokenizer.json: holds a list"),
 ])  # fmt: skip
 def test_a_file_that_is_no_tokenizer(base, text, message):
