@@ -1,16 +1,50 @@
-"""Compiled layers by the real compiler, and examples that are ready before a step needs them."""
+"""What is set up for CUDA, seen without it; and compiled layers by the real compiler."""
 
+import contextlib
+import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from engine import device
 from engine.device import compile_blocks
 from lora import add_lora, lora_disabled
 from model import Config, LLaVA, VisionConfig, causal
 
 SMALL = Config(VisionConfig(16, 3, 2, 24, image_size=28), vocab=64, width=64, layers=2, heads=2, kv_heads=2, ffn=96)
 RELEASE = tuple(int(n) for n in torch.__version__.split(".")[:2])
+
+
+def test_cuda_is_chosen_without_cudnn_attention_and_with_expandable_segments(monkeypatch):
+    allowed = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", allowed.append)
+    assert device.choose_device().type == "cuda" and allowed == [False]
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+
+
+@pytest.mark.parametrize("cuda, dtype, mixed", [
+    (True, torch.bfloat16, True),
+    (True, torch.float32, False),  # float32 that multiplied in bfloat16 would be neither fast nor exact
+    (False, torch.bfloat16, False),
+])  # fmt: skip
+def test_mixed_precision_for_a_bfloat16_base_on_cuda_alone(cuda, dtype, mixed):
+    context = device.autocast_for(SimpleNamespace(is_cuda=cuda, dtype=dtype))
+    assert isinstance(context, torch.autocast if mixed else contextlib.nullcontext)
+
+
+def test_the_tower_computes_in_its_own_dtype_under_autocast():
+    """So that training reads the features that answering reads."""
+    torch.manual_seed(0)
+    model = LLaVA(SMALL)
+    images = torch.randn(2, 3, 28, 28)
+    with torch.no_grad():
+        expected = model.image_features(images)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = model.image_features(images)
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
 
 
 def compile_without_option(layers) -> None:
