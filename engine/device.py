@@ -10,6 +10,8 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 import torch
 from torch import nn
 
+CUDA = torch.device("cuda")
+
 
 def choose_device() -> torch.device:
     """CUDA where there is one, else the CPU.
@@ -20,10 +22,7 @@ def choose_device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     torch.backends.cuda.enable_cudnn_sdp(False)
-    return torch.device("cuda")
-
-
-CUDA = torch.device("cuda")
+    return CUDA
 
 
 def has_flash(device: torch.device = CUDA) -> bool:
