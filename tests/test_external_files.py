@@ -75,3 +75,12 @@ def test_rows_are_read_back_as_written(tmp_path):
     files.write_rows(tmp_path / "a.jsonl", rows)
     assert [json.loads(line) for line in (tmp_path / "a.jsonl").read_text(encoding="utf-8").split("\n")[:-1]] == rows
     assert [row["text"] for row in files.read_rows(tmp_path / "a.jsonl")] == ["a\u2028b", ""]
+
+
+def test_who_has_the_old_file_open_keeps_it(tmp_path):
+    """The new file takes the old one's name; it is not written into it."""
+    files.write_text(tmp_path / "a", "old and long")
+    with open(tmp_path / "a") as reader:
+        files.write_text(tmp_path / "a", "new")
+        assert reader.read() == "old and long"
+    assert (tmp_path / "a").read_text() == "new"
