@@ -1,6 +1,7 @@
 """A tiny LLaVA in the hub's layout with a Llama-like tokenizer, and a few preference pairs with pictures."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -80,8 +81,12 @@ def hub_tensors(s: dict, vocab: int) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory):
+    return write_base(tmp_path_factory.mktemp("tiny-base"))
+
+
+def write_base(folder: Path) -> Path:
     """A checkpoint folder: 2 decoder layers, 4 query and 2 key heads, 4 image tokens."""
-    folder, s = tmp_path_factory.mktemp("tiny-base"), SIZES
+    s = SIZES
     tokenizer = llama_like_tokenizer()
     tokenizer.save(str(folder / "tokenizer.json"))
     image_id, vocab = tokenizer.token_to_id("<image>"), 384
@@ -99,8 +104,11 @@ def tiny_base(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def pairs_file(tmp_path_factory):
+    return write_pairs(tmp_path_factory.mktemp("pairs"))
+
+
+def write_pairs(folder: Path) -> Path:
     """Five good pairs in the plain format, pictures of different shapes beside them."""
-    folder = tmp_path_factory.mktemp("pairs")
     rng, rows = np.random.default_rng(0), []
     for i in range(5):
         size = (40 + 7 * i, 60 - 5 * i, 3)
