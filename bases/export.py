@@ -53,6 +53,7 @@ def main(argv=None) -> None:
         raise SystemExit(f"{out}: exists already; an export never overwrites")
     if part.exists():
         raise SystemExit(f"{part}: exists already. If no other export is writing it, one was killed there: remove it")
+    files.check_writable(out)
     folder = checkpoint.resolve(args.base, args.weights)
     stored, _ = checkpoint.checkpoint_tensors(folder, args.vision_weights)
     own = read_tensor(stored["language_model.norm.weight"]).dtype

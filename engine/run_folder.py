@@ -61,12 +61,14 @@ def probe(folder: Path, resume: bool) -> None:
 
 def lock(folder: Path) -> FileLock:
     """The run folder as ours alone, until this process ends. SystemExit if another run is in it."""
-    folder.mkdir(parents=True, exist_ok=True)
     held = FileLock(folder / ".lock")
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         held.acquire(timeout=0)
     except Timeout:
         raise SystemExit(f"{folder}: another process is training in this folder. Give another --out.") from None
+    except OSError as e:
+        raise SystemExit(f"{folder}: cannot be written ({e.strerror}). Give another --out.") from None
     return held
 
 

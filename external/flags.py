@@ -84,15 +84,19 @@ def number(low: float, high: float = math.inf, above: bool = False) -> Callable[
             value = math.nan
         inside = low < value <= high if above else low <= value <= high
         if not inside or math.isinf(value):
-            wanted = f"above {low:g}" if above else bounds(low, high)
+            wanted = bounds(low, high, above)
             raise argparse.ArgumentTypeError(f"{text}: must be a number {wanted}")
         return value
 
     return convert
 
 
-def bounds(low: float, high: float) -> str:
-    return f"of at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+def bounds(low: float, high: float, above: bool = False) -> str:
+    if low == -math.inf:
+        return "that is finite"
+    if high == math.inf:
+        return f"above {low:g}" if above else f"of at least {low:g}"
+    return f"above {low:g}, at most {high:g}" if above else f"from {low:g} to {high:g}"
 
 
 def names_of(known: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:

@@ -146,6 +146,7 @@ PANELS = [
     Panel("image margin: m_w − m_l", "reward", lambda row, beta: row.get("rewards/image_margins")),
     Panel("log π/π_ref of the chosen answer", "nats", lambda row, beta: row["rewards/chosen"] / beta),
 ]
+NEEDED = {"step", "loss", "rewards/margins", "rewards/chosen"}  # in every row of a log
 
 
 def read_log(run: Path) -> tuple[list[dict], float]:
@@ -157,6 +158,9 @@ def read_log(run: Path) -> tuple[list[dict], float]:
     rows = [files.parse_json(line, f"{log}:{n}") for n, line in enumerate(lines, 1)]
     if not rows:
         raise SystemExit(f"{log}: no complete step yet")
+    for n, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or not NEEDED <= row.keys():
+            raise SystemExit(f"{log}:{n}: no row of a run of train.py, which has {', '.join(sorted(NEEDED))}")
     by_step = {row["step"]: row for row in rows}
     return list(by_step.values()), files.read_json(args)["beta"]
 
@@ -186,7 +190,8 @@ def draw(runs: list[Path], file: Path):
         axes.set_ylabel(panel.unit)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", frameon=False)
-    figure.savefig(file, dpi=150)
+    with files.whole(file) as part:
+        figure.savefig(part, dpi=150, format=file.suffix[1:].lower())
     return figure
 
 

@@ -224,3 +224,10 @@ def test_a_tokenizer_of_another_base(tmp_path, tiny_base):
     shutil.copy(tiny_base / "tokenizer.json", folder / "tokenizer.json")
     with pytest.raises(SystemExit, match=r"<image> is \d+ in the tokenizer and 90 in config"):
         write_tokenizer(folder, tmp_path, load_base(str(folder))[0].config)
+
+
+def test_a_place_that_cannot_be_written_is_found_before_the_base_is_read(tmp_path):
+    (tmp_path / "file").write_text("x")
+    out = tmp_path / "file" / "merged"
+    with pytest.raises(SystemExit, match="merged: cannot be written"):
+        export.main(["--base", str(tmp_path / "no-base"), "--out", str(out)])

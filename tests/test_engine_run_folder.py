@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import train
 from engine import state
-from engine.run_folder import Run
+from engine.run_folder import Run, lock
 from external import files
 
 PACKED = ("--pack", "--tokens-per-batch", "300")
@@ -297,3 +297,9 @@ def test_killed_at_twenty_random_moments(undisturbed, tiny_base, pairs_file, tmp
     done = subprocess.run([*command, "--resume"], cwd=Path(train.__file__).parent, env=environment, capture_output=True)
     assert done.returncode == 0, done.stderr
     assert_equal_to_the_bit(whole, out)
+
+
+def test_a_folder_that_cannot_be_made_ends_in_a_sentence(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(SystemExit, match="cannot be written .Not a directory.. Give another --out"):
+        lock(tmp_path / "file" / "run")

@@ -1,6 +1,7 @@
 """Flags that are out of range are refused with the range; those inside are taken."""
 
 import argparse
+import math
 import re
 import sys
 from pathlib import Path
@@ -39,6 +40,9 @@ def test_taken(kind, text, value):
         (flags.number(0.0), "inf", "a number of at least 0"),
         (flags.number(0.0, above=True), "0", "a number above 0"),
         (flags.number(0.0, 1.0), "1.1", "from 0 to 1"),
+        (flags.number(0.0, 1.0, above=True), "1.1", "a number above 0, at most 1"),
+        (flags.number(-math.inf), "nan", "a number that is finite"),
+        (flags.number(-math.inf), "-inf", "a number that is finite"),
         (flags.names_of(("dpo", "copo")), "dpo,kto", "unknown kto; choose from dpo, copo"),
     ],
 )

@@ -170,3 +170,20 @@ def test_runs_without_a_log(tmp_path):
     with pytest.raises(SystemExit) as e:
         report.main([str(run)])
     assert e.value.code == 2 and not (tmp_path / "c.svg").exists()
+
+
+@pytest.mark.parametrize("row", [{"step": 0}, {"loss": 1.0}, [1]])
+def test_a_log_of_something_else_is_named_with_its_line(tmp_path, row):
+    run = write_log(tmp_path / "a", [(0, 2.0, 0.0, 0.0)], 0.1)
+    with open(run / "log.jsonl", "a") as log:
+        log.write(json.dumps(row) + "\n")
+    with pytest.raises(SystemExit, match="log.jsonl:2: no row of a run of train.py"):
+        report.main([str(run), "--curves", str(tmp_path / "c.svg")])
+
+
+def test_curves_go_into_a_new_folder_or_the_end_is_a_sentence(tmp_path):
+    run = write_log(tmp_path / "a", [(0, 2.0, 0.0, 0.0)], 0.1)
+    report.main([str(run), "--curves", str(tmp_path / "new" / "c.svg")])
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["c.svg"]
+    with pytest.raises(SystemExit, match="c.svg: cannot be written"):
+        report.main([str(run), "--curves", str(run / "log.jsonl" / "c.svg")])
