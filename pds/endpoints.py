@@ -29,7 +29,7 @@ def add_flags(p: argparse.ArgumentParser) -> None:
 
 
 def from_flags(args: argparse.Namespace, url: str, model: str) -> Endpoint:
-    endpoint.check_url(url)
+    endpoint.check_endpoint(url)
     return Endpoint(url, model, args.tries, args.timeout, args.parallel)
 
 

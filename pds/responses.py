@@ -68,7 +68,8 @@ def parse_responder(text: str, defaults: list[str]) -> Responder:
         if not model:
             raise SystemExit(f"--responder {text}: which model of the endpoint? Give {where}#MODEL")
     p = argparse.ArgumentParser(prog=f"--responder {text}")
-    generate.add_flags(p)
+    generate.add_model_flags(p)
+    generate.add_decoding_flags(p)
     flags = [f"--{option}={value}" for option, value in own.items()]
     return Responder(name, spec, kind, model, generate.parse_flags(p, ["--base", model, *defaults, *flags]))
 
