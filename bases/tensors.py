@@ -95,10 +95,10 @@ def read_tensor(stored: Stored, dtype: torch.dtype | None = None, device: torch.
 
 def check_finite(tensor: Tensor, what: str) -> None:
     """SystemExit if a number is NaN or infinite, where `what` is the tensor."""
-    total = tensor.sum(dtype=torch.float32)  # one pass, no copy; a sum is finite only if ...
-    if not total.isfinite() and not tensor.isfinite().all():  # ... or nearly so: float32 may overflow
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        raise SystemExit(f"{what} holds numbers that are not finite in {dtype}")
+    for part in tensor.flatten().split(2**24):  # in parts: a CPU copies to float32 what it sums in float32
+        if not part.sum(dtype=torch.float32).isfinite() and not part.isfinite().all():  # a finite part may overflow
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise SystemExit(f"{what} holds numbers that are not finite in {dtype}")
 
 
 def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:

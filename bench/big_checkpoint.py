@@ -72,7 +72,12 @@ def write(folder: Path, c: Config) -> None:
 def main(argv=None) -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--folder", type=Path, required=True, help="where the checkpoint is, or is to be written")
-    p.add_argument("--layers", type=int, default=32, help="of the decoder that is written (default 32, as 7B has)")
+    p.add_argument(
+        "--layers",
+        type=int,
+        default=32,
+        help="of the decoder that is written (default 32, 7B's; with few, the libraries alone break the bound)",
+    )
     p.add_argument("--device", default="cpu")
     args = p.parse_args(argv)
     if not args.folder.exists():
