@@ -74,6 +74,7 @@ def test_the_releases_pairs_lose_their_empty_answers():
     found = export.make_pairs(rows, Rules())
     assert [pair["id"] for pair in found.pairs] == [f"art-{i}" for i in (1, 5, 6, 7, 8, 9, 10)]
     assert found.dropped_answers == {"empty": 2, "short": 1} and found.dropped_pairs == {"too few": 3}
+    assert {(pair["chosen"], pair["rejected"]) for pair in found.pairs} == {(TEXTS[0], TEXTS[2])}  # without "What?"
 
 
 def test_nested_sizes_with_balanced_topics():
