@@ -52,7 +52,8 @@ def probe(folder: Path, resume: bool) -> None:
         raise SystemExit(f"{folder}: no run to resume (no args.json in it). Leave --resume out to begin one.")
     if begun and not resume:
         raise SystemExit(f"{folder}: a run was begun here. Resume it with --resume, or give another --out.")
-    if not begun and folder.exists() and any(folder.iterdir()):
+    found = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if not begun and found - {".lock", "args.json.part"}:  # these two may be left of a run killed at its very start
         raise SystemExit(f"{folder}: not empty. Give another --out, or remove it; a run never overwrites another.")
     nearest = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not os.access(nearest, os.W_OK):
@@ -187,6 +188,7 @@ class Run:
         loss = self.loss()
         if math.isfinite(loss) and math.isfinite(grad_norm):
             return
+        self.close()
         ids = [e.pair.id for e in examples]
         found = {"step": step, "loss": str(loss), "grad_norm": str(float(grad_norm)), "examples": ids}
         files.write_json(self.folder / f"not-finite-{self.world.rank}.json", found)

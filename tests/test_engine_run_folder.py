@@ -169,6 +169,15 @@ def test_an_older_run_moved_elsewhere_resumes(undisturbed, tiny_base, pairs_file
     assert len(result(moved)[0]) == 9
 
 
+def test_a_run_killed_before_its_settings_were_written_begins_anew(undisturbed, tiny_base, pairs_file, tmp_path):
+    whole, out = undisturbed(), tmp_path / "run"
+    out.mkdir()
+    (out / ".lock").touch()
+    (out / "args.json.part").write_text("{")
+    train.main(flags(tiny_base, pairs_file, out))
+    assert_equal_to_the_bit(whole, out)
+
+
 def test_two_runs_in_one_folder(tiny_base, pairs_file, tmp_path):
     out = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
@@ -181,6 +190,7 @@ def test_two_runs_in_one_folder(tiny_base, pairs_file, tmp_path):
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_the_run_after_its_step(undisturbed, tiny_base, pairs_file, tmp_path, capsys, number, status):
     whole, out, log = undisturbed(), tmp_path / "run", Run.log
+    before = signal.getsignal(signal.SIGINT)
 
     def asked_to_stop(self, step, *rest):
         if step == 3:
@@ -192,7 +202,7 @@ def test_a_signal_ends_the_run_after_its_step(undisturbed, tiny_base, pairs_file
         train.main(flags(tiny_base, pairs_file, out))
     assert end.value.code == status
     assert "stopped after 4 of 9 steps" in capsys.readouterr().out
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
     train.main([*flags(tiny_base, pairs_file, out), "--resume"])
     assert_equal_to_the_bit(whole, out)
 
@@ -294,7 +304,8 @@ def test_killed_at_twenty_random_moments(undisturbed, tiny_base, pairs_file, tmp
         process.kill()
         kills += 1
         process.wait()
-    done = subprocess.run([*command, "--resume"], cwd=Path(train.__file__).parent, env=environment, capture_output=True)
+    more = ["--resume"] if (out / "args.json").exists() else []
+    done = subprocess.run([*command, *more], cwd=Path(train.__file__).parent, env=environment, capture_output=True)
     assert done.returncode == 0, done.stderr
     assert_equal_to_the_bit(whole, out)
 
