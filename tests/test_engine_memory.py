@@ -17,6 +17,7 @@ from engine import memory, packing
 from engine.batches import batches, plan_steps
 from engine.distributed import World
 from engine.memory import Plan
+from external.flags import ALL_LAYERS
 from formats.readers import read_pairs
 from lora import add_lora
 from model import Config, LLaVA
@@ -66,7 +67,7 @@ def test_a_card_that_is_too_small_is_refused_before_step_0():
 
 def test_what_the_user_gave_is_kept():
     assert memory.candidates(32, 5000, None) == [Plan(5000, 0), Plan(5000, 8), Plan(5000, 16), Plan(5000, 32)]
-    assert memory.candidates(32, None, train.ALL_LAYERS)[0] == Plan(16384, 32)
+    assert memory.candidates(32, None, ALL_LAYERS)[0] == Plan(16384, 32)
     assert memory.candidates(32, 1, 4) == [Plan(1, 4)]
 
 
