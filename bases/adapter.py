@@ -177,5 +177,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
         if file.suffix == ".bin":
             return open_bin(file)
         return load_file(file)
-    except (SafetensorError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as e:
+    except pickle.UnpicklingError:  # torch's own sentence says how to run the code all the same
+        raise SystemExit(f"{file}: damaged, or holds more than tensors; not opened") from None
+    except (SafetensorError, RuntimeError, EOFError, ValueError) as e:
         raise SystemExit(f"{file}: damaged ({str(e).splitlines()[0]})") from None

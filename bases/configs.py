@@ -55,7 +55,7 @@ def read_vision(v: Fields, defaults: VisionConfig, feature_layer: int = -2) -> V
         layers=v.whole("num_hidden_layers", d.layers, most=512),
         heads=v.whole("num_attention_heads", d.heads),
         ffn=v.whole("intermediate_size", d.ffn),
-        image_size=v.whole("image_size", d.image_size),
+        image_size=v.whole("image_size", d.image_size, most=4096),
         patch=v.whole("patch_size", d.patch),
         eps=v.number("layer_norm_eps", d.eps, most=0.1),
         feature_layer=feature_layer,

@@ -49,6 +49,8 @@ def shard_files(folder: Path) -> tuple[list[Path], dict[str, Path]]:
 def read_index(file: Path) -> dict[str, str]:
     """tensor name -> file, both plain names: an index does not reach outside its folder."""
     table = files.read_json(file, dict).get("weight_map", {})
+    if not table:
+        raise SystemExit(f"{file}: weight_map names no tensor; is the download complete?")
     if not isinstance(table, dict):
         raise SystemExit(f"{file}: weight_map is a {type(table).__name__}, expected tensor names and file names")
     for name, value in table.items():
@@ -67,9 +69,8 @@ def read_stored(file: Path) -> list[Stored]:
         return [Stored(file, name, tuple(t.shape), str(t.dtype)) for name, t in open_bin(file).items()]
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as e:
         raise SystemExit(f"{file}: truncated or damaged ({e}); download it again") from None
-    except pickle.UnpicklingError as e:
-        reason = str(e).splitlines()[0]
-        raise SystemExit(f"{file}: damaged, or holds more than tensors; not opened ({reason})") from None
+    except pickle.UnpicklingError:  # torch's own sentence says how to run the code all the same
+        raise SystemExit(f"{file}: damaged, or holds more than tensors; not opened") from None
 
 
 def open_bin(file: Path) -> dict[str, Tensor]:
