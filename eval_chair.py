@@ -259,14 +259,20 @@ def load_truth(annotations: str, image_ids: list[int], vocabulary: Vocabulary) -
             break
         instances = files.read_json(f"{annotations}/instances_{split}.json", dict)
         captions = files.read_json(f"{annotations}/captions_{split}.json", dict)
-        known.update(image["id"] for image in instances["images"] + captions["images"])
-        objects = {category["id"]: category["name"] for category in instances["categories"]}
-        for row in instances["annotations"]:
-            if row["image_id"] in truth:
-                truth[row["image_id"]].add(vocabulary.node[objects[row["category_id"]]])
-        for row in captions["annotations"]:
-            if row["image_id"] in truth:
-                truth[row["image_id"]].update(node for _, node in text_objects(row["caption"], vocabulary))
+        try:
+            known.update(image["id"] for image in instances["images"] + captions["images"])
+            objects = {category["id"]: category["name"] for category in instances["categories"]}
+            for row in instances["annotations"]:
+                if row["image_id"] in truth:
+                    truth[row["image_id"]].add(vocabulary.node[objects[row["category_id"]]])
+            for row in captions["annotations"]:
+                if row["image_id"] in truth:
+                    truth[row["image_id"]].update(node for _, node in text_objects(row["caption"], vocabulary))
+        except (KeyError, TypeError) as error:
+            raise SystemExit(
+                f"{annotations}: instances_{split}.json and captions_{split}.json are not COCO's, or their objects are "
+                f"not in --synonyms ({type(error).__name__}: {error})"
+            ) from None
     if missing := [image_id for image_id in image_ids if image_id not in known]:
         raise SystemExit(f"{annotations}: {len(missing)} answered pictures have no annotations, such as {missing[:3]}.")
     return [truth[image_id] for image_id in image_ids]

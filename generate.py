@@ -345,9 +345,14 @@ def answer_one(args: argparse.Namespace) -> None:
     if problem := pictures.picture_problem(args.image):
         raise SystemExit(problem)
     try:
+        args.prompt.encode()
         question = bare_question(args.prompt)
+    except UnicodeEncodeError:
+        raise SystemExit("--prompt: not UTF-8") from None
     except BadRow as error:
         raise SystemExit(f"--prompt: {': '.join(error.args)}") from None
+    if not question:
+        raise SystemExit("--prompt: no question in it")
     processor = load_processor(args)
     model = load_model(args)
     shown = ""

@@ -161,9 +161,13 @@ class Run:
         path = self.folder / "log.jsonl"
         rows = []
         if path.exists():
-            for text in path.read_text(encoding="utf-8").splitlines():
-                if text.endswith("}") and json.loads(text)["step"] < self.step:  # a last line may be torn
-                    rows.append(json.loads(text))
+            complete = path.read_text(encoding="utf-8").split("\n")[:-1]  # a last line may be torn
+            for number, text in enumerate(complete, 1):
+                row = files.parse_json(text, f"{path}:{number}")
+                if not isinstance(row, dict) or "step" not in row:
+                    raise SystemExit(f"{path}:{number}: no row of this log; remove the line")
+                if row["step"] < self.step:
+                    rows.append(row)
         files.write_rows(path, rows)
         self.log_file = open(path, "a", encoding="utf-8")
 

@@ -92,11 +92,11 @@ def similarity_source(source: str) -> dict:
 
 def load_data(folder: str) -> tuple[list[dict], dict[str, list[str]], set[str]]:
     """Annotations (id i at i - 1), related words, and the words that are never wrong."""
-    annotations = files.read_json(Path(folder) / "annotations.json")
-    relation = files.read_json(Path(folder) / "relation.json")
+    annotations = files.read_json(Path(folder) / "annotations.json", list)
+    relation = files.read_json(Path(folder) / "relation.json", dict)
     for i, row in enumerate(annotations, 1):
-        if row["id"] != i:
-            raise SystemExit(f"{folder}/annotations.json: row {i} has id {row['id']}; use the official file.")
+        if not isinstance(row, dict) or row.get("id") != i or "type" not in row:
+            raise SystemExit(f"{folder}/annotations.json: row {i} is not AMBER's; use the official file.")
     return annotations, relation, set(files.read_text(Path(folder) / "safe_words.txt").split())
 
 

@@ -13,6 +13,7 @@ import torch
 
 import toy
 from external.files import read_json
+from external.flags import whole
 from lab import figure, plotting, tables
 
 ROWS = ("DPO", "DPO (No Image)", "mDPO")
@@ -26,7 +27,7 @@ def strangers(folder: Path) -> list[Path]:
 def main(argv=None) -> None:
     torch.set_num_threads(1)  # models this small gain little from a second, and waiting for a shared core costs minutes
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--seed", type=int, default=0, help="of the scenes, the base, the pairs and the runs")
+    p.add_argument("--seed", type=whole(0), default=0, help="of the scenes, the base, the pairs and the runs")
     p.add_argument("--out", type=Path, help="folder of the results (default runs/toy-demo-SEED)")
     args = p.parse_args(argv)
     start = time.perf_counter()

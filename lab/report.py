@@ -112,7 +112,7 @@ def table(runs: list[Path]) -> str:
     footnotes = {}  # reason -> mark
     for run in runs:
         found = results(run)
-        rows.append([str(run), *(cell(found, column, footnotes) for column in COLUMNS)])
+        rows.append([str(run).replace("|", "\\|"), *(cell(found, column, footnotes) for column in COLUMNS)])
         below += [f"- {note}" for note in notes(run, found)]
     for name, numbers in PAPER:
         rows.append([f"{name} (the paper's)", *numbers.split(), "-", "-"])  # it does not report POPE

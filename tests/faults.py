@@ -20,7 +20,9 @@ from tests import (  # noqa: F401  each puts its faults into FAULTS
     faults_endpoint,
     faults_files,
     faults_flags,
+    faults_more,
     faults_pictures,
+    faults_resumed,
     faults_weights,
 )
 from tests.faults_bench import FAULTS, Fault, Outcome, make_master, run_one

@@ -314,3 +314,16 @@ def test_a_folder_that_cannot_be_made_ends_in_a_sentence(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(SystemExit, match="cannot be written .Not a directory.. Give another --out"):
         lock(tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize("odd", ["garbage}", "[1]", '{"loss": 1}'])
+def test_a_whole_line_that_is_no_row_is_named(tiny_base, pairs_file, tmp_path, odd):
+    out = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        killed_at(patch, 2, False)
+        train.main(flags(tiny_base, pairs_file, out))
+    (out / ".lock").unlink()
+    log = out / "log.jsonl"
+    log.write_text(f"{odd}\n{log.read_text()}")
+    with pytest.raises(SystemExit, match="log.jsonl:1: "):
+        train.main([*flags(tiny_base, pairs_file, out), "--resume"])

@@ -263,3 +263,22 @@ def test_extractor_over_http_and_offline(tmp_path, coco, synonyms):
     (tmp_path / "plain.json").write_text('{"2": "[]"}')  # another tool's {image: reply}, without image 1
     with pytest.raises(SystemExit, match="no reply for 1 answers, such as of image .'1'"):
         run(coco, synonyms, out, *common, "--replies", str(tmp_path / "plain.json"))
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"images": None}, "TypeError"),
+        ({"categories": []}, "KeyError: 18"),
+        ({"categories": [{"id": 18, "name": "yeti"}]}, "not in --synonyms .KeyError: 'yeti'"),
+    ],
+)
+def test_annotations_that_are_not_cocos(tmp_path, coco, synonyms, changes, reason):
+    file = f"{coco}/instances_val2014.json"
+    with open(file) as f:
+        data = json.load(f)
+    with open(file, "w") as f:
+        json.dump(data | changes, f)
+    answers = write(tmp_path / "a.jsonl", [{"image_id": 1, "caption": "A dog."}])
+    with pytest.raises(SystemExit, match=f"instances_val2014.json and .*{reason}"):
+        run(coco, synonyms, tmp_path / "r.json", "--answers", answers, "--protocol", "chair2018")

@@ -210,3 +210,11 @@ def test_tagger_files(tmp_path):
     for name, part in parts.items():
         (tmp_path / f"averaged_perceptron_tagger_eng.{name}.json").write_text(json.dumps(part))
     assert amber.load_tagger(str(tmp_path))("Dogs can run.") == ["Dogs"]
+
+
+@pytest.mark.parametrize("row", [1, {"id": 1}, {"type": "generative"}, {"id": 2, "type": "generative"}])
+def test_annotations_that_are_not_ambers(tmp_path, data, row):
+    with open(f"{data}/annotations.json", "w") as f:
+        json.dump([row], f)
+    with pytest.raises(SystemExit, match="annotations.json: row 1 is not AMBER's"):
+        run(tmp_path, data, {1: "A dog."}, "--no-tagger")

@@ -201,6 +201,7 @@ def test_flags_that_do_not_go_together(more, capsys):
 
 @pytest.mark.parametrize("question, reason", [
     ("<image> and <image>", "several <image>"), ("USER: what? ASSISTANT:", "another template"),
+    ("<image> ", "no question in it"), ("What\udcff?", "not UTF-8"),
 ])  # fmt: skip
 def test_a_question_that_cannot_be_asked_ends_before_the_model_is_loaded(tmp_path, monkeypatch, question, reason):
     Image.new("RGB", (30, 40)).save(tmp_path / "x.png")

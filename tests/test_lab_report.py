@@ -187,3 +187,9 @@ def test_curves_go_into_a_new_folder_or_the_end_is_a_sentence(tmp_path):
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["c.svg"]
     with pytest.raises(SystemExit, match="c.svg: cannot be written"):
         report.main([str(run), "--curves", str(run / "log.jsonl" / "c.svg")])
+
+
+def test_a_name_with_a_bar_stays_one_cell(tmp_path):
+    run = write_run(tmp_path / "a|b")
+    text = report.table([run])
+    assert f"| {tmp_path}/a\\|b " in text
