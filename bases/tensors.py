@@ -79,7 +79,7 @@ def open_bin(file: Path) -> dict[str, Tensor]:
         mappable = f.read(2) == b"PK"  # torch >= 1.6 writes zip files; older ones must be read whole
     tensors = torch.load(file, map_location="cpu", mmap=mappable, weights_only=True)
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise pickle.UnpicklingError("not a table of tensors by name")
+        raise SystemExit(f"{file}: not a table of tensors by name; not opened")
     return tensors
 
 
