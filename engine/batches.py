@@ -1,5 +1,7 @@
 """A step's examples: which ones, for which process, and prepared before the step needs them."""
 
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -56,10 +58,24 @@ def workers_watched():
     """Inside, a killed worker process ends the run with a sentence; torch raises it wherever the run is just then."""
     try:
         yield
-    except (RuntimeError, ConnectionError, EOFError) as e:  # the latter two: the queue to it is cut first
-        if isinstance(e, RuntimeError) and "DataLoader worker" not in str(e):
+    except (RuntimeError, OSError, EOFError) as e:
+        if "Too many open files" in str(e):
+            raise SystemExit("Too many open files: raise the limit (ulimit -n 4096), or lower --workers.") from None
+        if isinstance(e, BrokenPipeError) and nobody_reads():
+            raise SystemExit("Nobody reads the output any more (`| head`?); --resume takes the run up.") from None
+        if "DataLoader worker" not in str(e) and not isinstance(e, (ConnectionError, EOFError)):  # its queue is cut
             raise
         raise SystemExit(
             f"A process that prepares pictures was killed ({str(e).partition(chr(10))[0]}); most often memory ran out. "
             "The same command with --resume and fewer --workers goes on."
         ) from None
+
+
+def nobody_reads() -> bool:
+    """Whether it is standard output's reader that has gone; what is still to be printed goes nowhere then."""
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False

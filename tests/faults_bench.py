@@ -97,7 +97,9 @@ def same_signals_after() -> Iterator[None]:
 def shell(line: str) -> Ended:
     """A command line in a process of its own, from the repository's root; `python` is this one."""
     line = line.replace("python ", f"{sys.executable} ")
-    done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True, timeout=LIMIT)
+    done = subprocess.run(
+        ["bash", "-c", line], cwd=ROOT, capture_output=True, text=True, errors="replace", timeout=LIMIT
+    )
     crash = done.stderr.strip().splitlines()[-1] if "Traceback (most recent" in done.stderr else ""
     return Ended(done.returncode, f"{done.stdout}\n{done.stderr}".strip(), crash)
 

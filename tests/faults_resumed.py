@@ -176,10 +176,10 @@ def answers_killed(bench: Bench) -> Outcome:
     return ended if part < 400 and found == bench.answers.read_bytes() else Outcome("BUG", "another file")
 
 
-@fault("35", PROCESSES, "--workers 8 in 1 MB of shared memory", slow=True)
+@fault("35", PROCESSES, "--workers 8 in 64 KB of shared memory", slow=True)
 def little_shared_memory(bench: Bench) -> Outcome:
     flags = " ".join(map(str, train_flags(bench, "--workers", 8, "--max-steps", 3)))
-    mount = "mount -t tmpfs -o size=1m tmpfs /dev/shm"
+    mount = "mount -t tmpfs -o size=64k tmpfs /dev/shm"
     ended = shell(f"unshare -m bash -c '{mount} && python train.py {flags}'")
     if "unshare" in ended.text or "mount:" in ended.text:
         return Outcome("OK", "not injected: a mount namespace of its own needs root")

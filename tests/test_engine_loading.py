@@ -1,5 +1,6 @@
 """Worker processes: the same examples, never more of them than shared memory holds, and a picture that has gone."""
 
+import io
 import os
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ from bases.checkpoint import read_config
 from bases.tokenizer import load_processor
 from data import PairData
 from engine import loading
-from engine.batches import epoch_keys
+from engine.batches import epoch_keys, workers_watched
 from engine.loading import example_bytes, example_loader, fit_shared_memory, free_shared_memory
 from formats.readers import read_pairs
 
@@ -90,7 +91,7 @@ def test_eight_workers_in_64_mb_of_shared_memory(tmp_path):
         "import torch, numpy as np\n"
         "from PIL import Image\n"
         "from data import Pair, PairData, Processor\n"
-        "from engine.batches import epoch_keys\n"
+        "from engine.batches import epoch_keys, workers_watched\n"
         "from engine.loading import example_loader\n"
         "from model import Config\n"
         "import test_data\n"
@@ -123,3 +124,44 @@ def test_a_whole_step_is_prepared_ahead(data, workers, batch, each, monkeypatch)
     monkeypatch.setattr(loading, "free_shared_memory", lambda: ROOMY)
     assert list(example_loader(data, [], workers, batch)) == []
     assert asked["prefetch_factor"] == each and workers * each >= batch
+
+
+class ClosedPipe(io.StringIO):
+    """Standard output whose reader has gone."""
+
+    def __init__(self, file):
+        super().__init__()
+        self.file = file
+
+    def write(self, text):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    def fileno(self):
+        return self.file.fileno()
+
+
+def test_a_reader_that_has_gone_is_not_taken_for_a_killed_worker(monkeypatch, tmp_path):
+    with open(tmp_path / "out", "w") as file:
+        monkeypatch.setattr("sys.stdout", ClosedPipe(file))
+        with pytest.raises(SystemExit, match="Nobody reads the output"), workers_watched():
+            print("a line")
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (OSError(24, "Too many open files"), "ulimit -n 4096"),
+        (RuntimeError("Too many open files. Communication with the workers is no longer possible."), "ulimit -n 4096"),
+        (ConnectionResetError(104, "Connection reset by peer"), "prepares pictures was killed"),
+        (RuntimeError("DataLoader worker (pid 7) is killed"), "prepares pictures was killed"),
+    ],
+)
+def test_what_ends_the_workers_ends_in_a_sentence(error, said):
+    with pytest.raises(SystemExit, match=said), workers_watched():
+        raise error
+
+
+@pytest.mark.parametrize("error", [OSError(2, "No such file"), RuntimeError("shape mismatch")])
+def test_other_errors_stay_what_they_are(error):
+    with pytest.raises(type(error)), workers_watched():
+        raise error
