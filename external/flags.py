@@ -48,8 +48,9 @@ def refuse_foreign(parser: argparse.ArgumentParser, argv: list[str] | None) -> N
     """Ends the command where a flag is another trainer's name for one of ours; `argv` as argparse takes it."""
     for word in sys.argv[1:] if argv is None else argv:
         flag = word.partition("=")[0]
-        if flag in FOREIGN:
-            parser.error(f"{flag}: here {FOREIGN[flag]} (docs/flags.md)")
+        ours = FOREIGN.get(f"--{flag[2:].replace('-', '_')}")  # they take both spellings
+        if flag.startswith("--") and ours not in (None, flag):
+            parser.error(f"{flag}: here {ours} (docs/flags.md)")
 
 
 class HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter):

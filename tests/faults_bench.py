@@ -80,7 +80,10 @@ def call(main: Callable, *argv) -> Ended:
             sentence = end.code if isinstance(end.code, str) else ""
         except Exception as error:  # the very thing that is looked for
             status, crash = 1, traceback.format_exception_only(error)[-1].strip()
-    return Ended(status, f"{printed.getvalue()}\n{sentence}".strip(), crash)
+    text = f"{printed.getvalue()}\n{sentence}".strip()
+    if status == 2 and text.startswith("usage: "):
+        text = text[text.rindex("error: ") :]  # the usage names every flag
+    return Ended(status, text, crash)
 
 
 @contextlib.contextmanager
@@ -205,12 +208,13 @@ def refused(ended: Ended, *words: str, left: Path | None = None) -> Outcome:
         return Outcome("BUG", f"traceback: {ended.crash}")
     if ended.status == 0:
         return Outcome("BUG", f"exit status 0: {last_line(ended.text)}")
-    lacking = [word for word in words if word.lower() not in ended.text.lower()]
+    line = line_with(ended.text, words)
+    lacking = [word for word in words if word.lower() not in line.lower()]
     if lacking:
-        return Outcome("POOR", f"does not say {lacking}: {last_line(ended.text)}")
+        return Outcome("POOR", f"no line says {lacking}: {line}")
     if left and left.exists() and [file for file in left.rglob("*") if file.is_file() and file.name != ".lock"]:
         return Outcome("POOR", f"{left.name} is left behind: {last_line(ended.text)}")
-    return Outcome("OK", f"refused: {line_with(ended.text, words)}")
+    return Outcome("OK", f"refused: {line}")
 
 
 def used(ended: Ended, *words: str) -> Outcome:
@@ -245,9 +249,9 @@ def last_line(text: str) -> str:
 
 
 def line_with(text: str, words: tuple[str, ...]) -> str:
-    """The last line that holds the first of the words."""
-    lines = [line for line in text.splitlines() if words and words[0].lower() in line.lower()]
-    return lines[-1] if lines else last_line(text)
+    """The last of the lines that hold most of the words."""
+    lines = [line for line in text.splitlines() if line.strip()] or ["nothing"]
+    return max(reversed(lines), key=lambda line: sum(word.lower() in line.lower() for word in words))
 
 
 def run_one(found: Fault, folder: Path, master: Path) -> Outcome:

@@ -185,7 +185,9 @@ def wrong_types(bench: Bench) -> Outcome:
     values = (float("nan"), None, 5, ["a", "b"])
     outcomes = {}
     for value in values:
-        outcomes[str(value)] = refused(bench.check(bench.with_row(rejected=value)), "rejected", ":2")
+        outcomes[str(value)] = refused(
+            bench.check(bench.with_row(rejected=value)), "cannot be used: 1", "rejected", ":2:"
+        )
         if "TypeError" in outcomes[str(value)].says:
             outcomes[str(value)] = Outcome("POOR", outcomes[str(value)].says)
     return worst(outcomes)
@@ -207,7 +209,9 @@ def key_twice(bench: Bench) -> Outcome:
 def surrogate(bench: Bench) -> Outcome:
     half = refused(bench.check(bench.with_row(chosen="a\ud800b")), ":2")
     ended = bench.check(bench.with_row(chosen="a\x00b"))
-    return worst({"half": half, "NUL": used(ended) if ended.status == 0 else refused(ended, ":2")})
+    return worst(
+        {"half": half, "NUL": used(ended) if ended.status == 0 else refused(ended, "cannot be used: 1", ":2:")}
+    )
 
 
 @fault("73", SECTION, "</s>, <pad>, <image> in answers and questions")
@@ -242,7 +246,7 @@ def base64_pictures(bench: Bench) -> Outcome:
     outcomes = {}
     for name, text in texts.items():
         ended = bench.check(bench.with_row(image=text))
-        outcomes[name] = used(ended) if ended.status == 0 else refused(ended, ":2")
+        outcomes[name] = used(ended) if ended.status == 0 else refused(ended, "cannot be used: 1", ":2:")
         if len(ended.text) > 4000:
             outcomes[name] = Outcome("BUG", f"{len(ended.text)} letters printed")
     return worst(outcomes)

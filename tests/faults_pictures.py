@@ -149,7 +149,7 @@ def avif(bench: Bench) -> Outcome:
         data = bytearray(whole)
         data[i] ^= 255
         ended = bench.check(bench.with_picture(bytes(data), "x.avif"))
-        outcomes[f"byte {i}"] = used(ended) if ended.status == 0 else refused(ended, ":2")
+        outcomes[f"byte {i}"] = used(ended) if ended.status == 0 else refused(ended, "cannot be used: 1", ":2:")
     return worst(outcomes)
 
 
@@ -168,7 +168,12 @@ def address(bench: Bench) -> Outcome:
 @fault("56", SECTION, "a folder, 300 letters, a newline, RTL override, %6f, ?x=1, a NUL as a path")
 def odd_paths(bench: Bench) -> Outcome:
     paths = (".", "a" * 300, "1\n.png", "\u202e1.png", "%31.png", "1.png?x=1", "1.png\x00", "")
-    return worst({repr(path)[:12]: refused(bench.check(bench.with_row(image=path)), ":2") for path in paths})
+    return worst(
+        {
+            repr(path)[:12]: refused(bench.check(bench.with_row(image=path)), "cannot be used: 1", ":2:")
+            for path in paths
+        }
+    )
 
 
 @fault("30", SECTION, "a picture that is cut while the run goes on")

@@ -61,6 +61,7 @@ def test_refused(kind, text, said):
             ["--per_device_train_batch_size", "4"],
             "--per_device_train_batch_size: here --batch and --micro-batch (docs/flags.md)",
         ),
+        (["--learning-rate", "1e-5"], "--learning-rate: here --lr (docs/flags.md)"),
         (["--base", "toy", "--learning_rate=1e-5"], "--learning_rate: here --lr (docs/flags.md)"),
         (["--base", "toy", "--lora_rank", "8"], "--lora_rank: here --lora-r (docs/flags.md)"),
     ],
