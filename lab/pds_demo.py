@@ -96,17 +96,48 @@ def run(command, *words) -> None:
 
 def run_stages(out: Path, models: Path, url: str, per_topic: int = 3, more: tuple = ()) -> None:
     """Prompts, pictures, judges, questions, answers, pairs. `more` goes to every stage that takes rows in shards."""
-    run(prompts, "--grammar", "--topic", "art", "--topic", "school", "--per-topic", per_topic,
-        "--out", out / "prompts.jsonl", *more)  # fmt: skip
+    run(
+        prompts,
+        "--grammar",
+        "--topic",
+        "art",
+        "--topic",
+        "school",
+        "--per-topic",
+        per_topic,
+        "--out",
+        out / "prompts.jsonl",
+        *more,
+    )
     run(images, out / "prompts.jsonl", "--out", out / "images.jsonl", "--model", models / "sd3", "--steps", 3, *more)
     judges = ["--imagereward", models / "imagereward", "--clip", models / "clip", "--blip", models / "imagereward"]
     scorers = ["--scorer", "imagereward", "--scorer", "clip", "--scorer", "blip"]
-    run(rank_images, out / "images.jsonl", "--out", out / "scores.jsonl", "--best", out / "best.jsonl",
-        *scorers, *judges, *more)  # fmt: skip
+    run(
+        rank_images,
+        out / "images.jsonl",
+        "--out",
+        out / "scores.jsonl",
+        "--best",
+        out / "best.jsonl",
+        *scorers,
+        *judges,
+        *more,
+    )
     run(ask, out / "best.jsonl", "--out", out / "questions.jsonl", "--templates", *more)
     own = f"base:{models / 'base'}?temperature=1&max-new-tokens=200"
-    run(responses, out / "questions.jsonl", "--out", out / "answers.jsonl", "--responder", f"a={own}&seed=0",
-        "--responder", f"b={own}&seed=1", "--responder", f"q={url}#made-up", *more)  # fmt: skip
+    run(
+        responses,
+        out / "questions.jsonl",
+        "--out",
+        out / "answers.jsonl",
+        "--responder",
+        f"a={own}&seed=0",
+        "--responder",
+        f"b={own}&seed=1",
+        "--responder",
+        f"q={url}#made-up",
+        *more,
+    )
     run(rank_responses, out / "answers.jsonl", "--out", out / "ranked.jsonl", "--armorm", models / "armorm", *more)
 
 
@@ -120,11 +151,33 @@ def main(argv=None) -> None:
     with endpoint() as url:
         run_stages(out, models, url)
     run(export, out / "ranked.jsonl", "--out", out / "pairs", "--sizes", 2, 4)
-    run(analyse, out / "scores.jsonl", out / "ranked.jsonl", "--json", out / "analysis.json",
-        "--figures", out / "figures", "--sheet", out / "sheet.png")  # fmt: skip
+    run(
+        analyse,
+        out / "scores.jsonl",
+        out / "ranked.jsonl",
+        "--json",
+        out / "analysis.json",
+        "--figures",
+        out / "figures",
+        "--sheet",
+        out / "sheet.png",
+    )
     if not (out / "run").exists():
-        run(train, "--recipe", "pds-dpo", "--base", models / "base", "--data", out / "pairs" / "pairs.jsonl",
-            "--out", out / "run", "--max-steps", 1, "--batch", 2)  # fmt: skip
+        run(
+            train,
+            "--recipe",
+            "pds-dpo",
+            "--base",
+            models / "base",
+            "--data",
+            out / "pairs" / "pairs.jsonl",
+            "--out",
+            out / "run",
+            "--max-steps",
+            1,
+            "--batch",
+            2,
+        )
     print(f"\n{out}: look at sheet.png, figures/, pairs/README.md")
 
 

@@ -33,12 +33,26 @@ from pds import runner
 REPOSITORY = "RLHFlow/ArmoRM-Llama3-8B-v0.1"
 ARCHITECTURE = "LlamaForRewardModelWithGating"
 OBJECTIVES = (
-    "helpsteer-helpfulness", "helpsteer-correctness", "helpsteer-coherence", "helpsteer-complexity",
-    "helpsteer-verbosity", "ultrafeedback-overall_score", "ultrafeedback-instruction_following",
-    "ultrafeedback-truthfulness", "ultrafeedback-honesty", "ultrafeedback-helpfulness", "beavertails-is_safe",
-    "prometheus-score", "argilla-overall_quality", "argilla-judge_lm", "code-complexity", "code-style",
-    "code-explanation", "code-instruction-following", "code-readability",
-)  # fmt: skip
+    "helpsteer-helpfulness",
+    "helpsteer-correctness",
+    "helpsteer-coherence",
+    "helpsteer-complexity",
+    "helpsteer-verbosity",
+    "ultrafeedback-overall_score",
+    "ultrafeedback-instruction_following",
+    "ultrafeedback-truthfulness",
+    "ultrafeedback-honesty",
+    "ultrafeedback-helpfulness",
+    "beavertails-is_safe",
+    "prometheus-score",
+    "argilla-overall_quality",
+    "argilla-judge_lm",
+    "code-complexity",
+    "code-style",
+    "code-explanation",
+    "code-instruction-following",
+    "code-readability",
+)
 
 
 class Judgement(NamedTuple):
@@ -165,8 +179,9 @@ class Judge:
 
 def find_folder(folder: Path | None) -> Path:
     if folder is None:
-        return hub.download(REPOSITORY, ("*.json", "*.safetensors"), "model", f"{REPOSITORY} (15 GB)",
-                            "--armorm FOLDER")  # fmt: skip
+        return hub.download(
+            REPOSITORY, ("*.json", "*.safetensors"), "model", f"{REPOSITORY} (15 GB)", "--armorm FOLDER"
+        )
     if not (folder / "config.json").is_file():
         raise SystemExit(f"{folder}: no config.json; --armorm takes a folder as the hub has it")
     return folder

@@ -306,8 +306,9 @@ class Files(NamedTuple):
 def find_files(folder: Path | None) -> Files:
     """The three files of a folder, or of the hub."""
     if folder is None:
-        from_hub = hub.download(REPOSITORY, ("ImageReward.pt", "med_config.json"), "model",
-                                f"{REPOSITORY} (1.8 GB)", "--imagereward FOLDER")  # fmt: skip
+        from_hub = hub.download(
+            REPOSITORY, ("ImageReward.pt", "med_config.json"), "model", f"{REPOSITORY} (1.8 GB)", "--imagereward FOLDER"
+        )
         words = hub.download(VOCABULARY, ("vocab.txt",), "model", "the vocabulary of BERT", "--imagereward FOLDER")
         return Files(from_hub / "ImageReward.pt", from_hub / "med_config.json", words / "vocab.txt")
     weights = folder / "model_large.pth"  # BLIP's own
@@ -364,8 +365,8 @@ def build_towers(state: dict[str, Tensor], found: Files, heads: int | None) -> t
     heads = heads or width // 64
     vision = VisionTransformer(width, len(layers), heads, math.isqrt(patches) * patch, patch)
     config = files.read_json(found.config)
-    names = ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size", "vocab_size",
-             "max_position_embeddings", "layer_norm_eps")  # fmt: skip
+    names = "hidden_size num_attention_heads num_hidden_layers intermediate_size vocab_size".split()
+    names += ["max_position_embeddings", "layer_norm_eps"]
     if absent := [name for name in names if name not in config]:
         raise SystemExit(f"{found.config}: no {', '.join(absent)}")
     return vision, Bert(config, width)

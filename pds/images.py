@@ -35,9 +35,14 @@ from pds.runner import Row
 
 DEFAULT = "stabilityai/stable-diffusion-3-medium-diffusers"
 PATTERNS = (  # not the second copies of the weights, *.fp16.safetensors
-    "model_index.json", "*/*.json", "*/*.txt", "*/*.model", "*/*model.safetensors", "*/model-0*.safetensors",
+    "model_index.json",
+    "*/*.json",
+    "*/*.txt",
+    "*/*.model",
+    "*/*model.safetensors",
+    "*/model-0*.safetensors",
     "*/diffusion_pytorch_model-0*.safetensors",
-)  # fmt: skip
+)
 GROUP = 32  # prompts that are painted at one scale before the next scale is begun
 LEAST_SPREAD = 0.01  # standard deviation of a picture's values in 0..1; below, it is one colour
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")

@@ -25,8 +25,18 @@ from external.endpoint import reply_text
 from pds import endpoints, runner
 from pds.runner import Row
 
-TOPICS = ("art", "culinary", "daily activities", "holidays", "industrial", "nature", "school", "transportation",
-          "urban", "weather")  # fmt: skip
+TOPICS = (
+    "art",
+    "culinary",
+    "daily activities",
+    "holidays",
+    "industrial",
+    "nature",
+    "school",
+    "transportation",
+    "urban",
+    "weather",
+)
 GRAMMAR = Path(__file__).parent.parent / "assets" / "pds_grammar.json"
 NEAR = 0.8  # Jaccard of the words, from which on two prompts are near-duplicates
 PER_REQUEST = 20  # prompts that an endpoint is asked for at once

@@ -54,8 +54,9 @@ def ranked(candidates: list[Row], scorer: str) -> list[Row]:
     return sorted(scored, key=lambda row: (-row["scores"][scorer], row["guidance"]))
 
 
-def best_images(rows: list[Row], scorer: str, min_score: float | None = None,
-                drop_lowest: float = 0.0) -> tuple[list[Row], Counter]:  # fmt: skip
+def best_images(
+    rows: list[Row], scorer: str, min_score: float | None = None, drop_lowest: float = 0.0
+) -> tuple[list[Row], Counter]:
     """A row per prompt with its best picture, and how many prompts were dropped, by reason.
 
     `drop_lowest` percent of the prompts go, those whose best pictures score lowest; `min_score` goes first.
@@ -171,12 +172,20 @@ def load_scorers(args: argparse.Namespace, found: dict) -> dict:
 
 def parse_args(argv=None) -> argparse.Namespace:
     p = runner.stage_parser(__doc__, "images.jsonl: {id, prompt_id, topic, caption, guidance, image}")
-    p.add_argument("--scorer", action="append", choices=("imagereward", "clip", "blip"),
-                   help="repeatable; the first one chooses (default imagereward)")  # fmt: skip
+    p.add_argument(
+        "--scorer",
+        action="append",
+        choices=("imagereward", "clip", "blip"),
+        help="repeatable; the first one chooses (default imagereward)",
+    )
     p.add_argument("--imagereward", type=Path, metavar="FOLDER", help="ImageReward.pt, med_config.json, vocab.txt")
     p.add_argument("--clip", default=clip_score.DEFAULT, metavar="FOLDER", help="open_clip folder, or OpenAI's name")
-    p.add_argument("--blip", type=Path, metavar="FOLDER", help="model_large.pth (or ImageReward.pt), med_config.json, "
-                   "vocab.txt; the score is BLIP's ITC")  # fmt: skip
+    p.add_argument(
+        "--blip",
+        type=Path,
+        metavar="FOLDER",
+        help="model_large.pth (or ImageReward.pt), med_config.json, vocab.txt; the score is BLIP's ITC",
+    )
     p.add_argument("--vision-heads", type=runner.positive, help="of ImageReward and BLIP, where a head is not 64 wide")
     p.add_argument("--image-root", type=Path, help="folder the image paths start from (default: IN's)")
     p.add_argument("--best", type=Path, metavar="FILE", help="a row per prompt, with its best picture")
@@ -186,8 +195,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     runner.check_flags(p, args)
     args.scorer = list(dict.fromkeys(args.scorer or ["imagereward"]))
     if "blip" in args.scorer and args.blip is None:
-        p.error("--scorer blip needs --blip FOLDER: BLIP-L's model_large.pth is not on the hub, "
-                "github.com/salesforce/BLIP says where it is")  # fmt: skip
+        p.error(
+            "--scorer blip needs --blip FOLDER: BLIP-L's model_large.pth is not on the hub, "
+            "github.com/salesforce/BLIP says where it is"
+        )
     if not 0 <= args.drop_lowest < 100:
         p.error("--drop-lowest is a percentage below 100")
     if args.best is None and (args.min_score is not None or args.drop_lowest):

@@ -36,8 +36,17 @@ from pds import candidates, endpoints, library, runner
 from pds.runner import Row
 
 NEEDED = {"image": str, "prompt": str}
-OPTIONS = ("adapter", "weights", "vision-weights", "image-mode", "dtype", "temperature", "top-p", "seed",
-           "max-new-tokens")  # fmt: skip
+OPTIONS = (
+    "adapter",
+    "weights",
+    "vision-weights",
+    "image-mode",
+    "dtype",
+    "temperature",
+    "top-p",
+    "seed",
+    "max-new-tokens",
+)
 ROW_BYTES = 3 << 30  # of a 13B model: keys and values of 4,000 tokens
 
 
@@ -229,8 +238,10 @@ class Answering:
         good = [(row, image) for row, image in zip(rows, images, strict=True) if not isinstance(image, str)]
         answers = self.model.answer([row for row, _ in good], [image for _, image in good]) if good else []
         left = iter(answers)
-        return [runner.failed(row, image) if isinstance(image, str) else row | next(left)
-                for row, image in zip(rows, images, strict=True)]  # fmt: skip
+        return [
+            runner.failed(row, image) if isinstance(image, str) else row | next(left)
+            for row, image in zip(rows, images, strict=True)
+        ]
 
     def __call__(self, rows: list[Row]) -> list[Row]:
         results = {}
