@@ -339,3 +339,13 @@ def test_first_loss_in_bfloat16_is_ln2_per_term(world, objective, first):
     r = losses.rewards(packing.packed_logps(model, batch), reference)
     loss = sum(losses.mdpo_terms(r, terms=objective).values())
     torch.testing.assert_close(loss, torch.full((5,), first), atol=1e-3, rtol=0)
+
+
+def test_log_probs_are_summed_in_float64(world, monkeypatch):
+    """1e8 + 1 - 1e8 is 1; a float32 sum has forgotten the 1."""
+    model, data, _ = world
+    packed = packing.pack([data[(0, 0)]], which=("chosen",)).to(torch.device("cpu"))
+    terms = torch.zeros(len(packed.targets))
+    terms[:3] = torch.tensor([1e8, 1.0, -1e8])
+    monkeypatch.setattr(packing.head, "token_logps", lambda *_: terms)
+    assert packing.packed_logps(model, packed).chosen.item() == 1.0

@@ -137,3 +137,9 @@ def test_metrics_are_detached_and_name_every_triple():
     assert m.keys() == expected.keys()
     for key, value in expected.items():
         assert math.isclose(m[key].item(), value, abs_tol=5e-5), key
+
+
+def test_equal_rewards_are_no_success():
+    r = losses.rewards(POLICY, POLICY)  # all zero, as at the start of training
+    m = losses.metrics(POLICY, r, losses.mdpo_terms(r))
+    assert m["rewards/accuracies"].item() == 0.0 and m["rewards/image_accuracies"].item() == 0.0

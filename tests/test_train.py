@@ -254,3 +254,26 @@ def test_a_quantised_base_trains_from_3_ln_2(tiny_base, pairs_file, tmp_path, ki
     assert math.isclose(log[0]["loss"], 2.0794, abs_tol=1e-4) and log[-1]["loss"] < log[0]["loss"]
     config = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
     assert kind in json.dumps(config)
+
+
+def test_the_optimizer_gets_the_recipes_numbers(tiny_base, pairs_file, tmp_path, monkeypatch):
+    given, real = [], torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *a, **settings: given.append(settings) or real(*a, **settings))
+    run(tiny_base, pairs_file, tmp_path / "mdpo", "--max-steps", 1)
+    run(tiny_base, pairs_file, tmp_path / "pds", "--recipe", "pds-dpo", "--max-steps", 1)
+    assert [(s["betas"], s["weight_decay"]) for s in given] == [((0.9, 0.98), 0.05), ((0.9, 0.999), 0.0)]
+
+
+def test_the_last_smaller_batch_is_averaged_over_what_it_holds(tiny_base, pairs_file, tmp_path, monkeypatch):
+    """B stays 0 at this learning rate, so gradients of parts add up: 5 g(5) = 3 g(3) + 2 g(2), each g a mean."""
+    gradients = []
+
+    def keep(parameters, clip):
+        gradients.append(torch.cat([p.grad.flatten() for p in parameters]))
+        return torch.tensor(1.0)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", keep)
+    for batch in (5, 3):
+        run(tiny_base, pairs_file, tmp_path / str(batch), "--batch", batch, "--epochs", 1, "--lr", 1e-12)
+    whole, three, two = gradients
+    torch.testing.assert_close(3 * three + 2 * two, 5 * whole, rtol=1e-4, atol=1e-6)
