@@ -276,4 +276,4 @@ def test_the_last_smaller_batch_is_averaged_over_what_it_holds(tiny_base, pairs_
     for batch in (5, 3):
         run(tiny_base, pairs_file, tmp_path / str(batch), "--batch", batch, "--epochs", 1, "--lr", 1e-12)
     whole, three, two = gradients
-    torch.testing.assert_close(3 * three + 2 * two, 5 * whole, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(3 * three + 2 * two, 5 * whole, rtol=1e-3, atol=1e-5)
