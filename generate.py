@@ -26,6 +26,7 @@ import pictures
 from bases import checkpoint, tokenizer
 from bases.adapter import load_adapter
 from data import BadRow, Processor, bare_question
+from engine.device import choose_device
 from external.flags import number, whole
 from lora import merge_lora
 from model import LLaVA, causal
@@ -312,7 +313,7 @@ def add_decoding_flags(p: argparse.ArgumentParser) -> None:
 def parse_flags(p: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
     """The parsed flags of both and others, with the device and the dtype that are meant."""
     args = p.parse_args(argv)
-    args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.device = choose_device().type
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     if args.top_p < 1 and not args.temperature:
         p.error("--top-p needs --temperature")

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "bases": f"{METHOD} external",  # pictures: an exported model answers prompts with pictures before it is kept
     "engine": f"{METHOD} external",
     "formats": f"{METHOD} bases external",
-    "generate": f"{METHOD} bases external",
+    "generate": f"{METHOD} bases engine external",  # engine: the device, set up as for training
     "eval_chair": f"{METHOD} generate bases evals external",  # evals: the statistics all scorers share
     "evals": f"{METHOD} generate bases eval_chair external",  # eval_chair: table1 runs every scorer
     "toy": f"{METHOD} generate eval_chair evals bases formats external",
