@@ -223,5 +223,4 @@ def file_sha256(file: Path) -> str:
     blob = file.resolve()
     if blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name):
         return blob.name  # the hub's cache calls a large file by its hash
-    with open(blob, "rb") as data:
-        return hashlib.file_digest(data, "sha256").hexdigest()
+    return files.file_sha256(blob)

@@ -10,7 +10,6 @@ beside it saves work or keeps the splitting of a step as it was: the cached refe
 A checkpoint is written under another name, put on the disk and renamed: whole or not there.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -21,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from engine.memory import Room
+from external import files
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -49,7 +49,7 @@ def write_checkpoint(folder: Path, step: int, model, optimizer, room: Room, refe
         save_file(tensors, part / "state.safetensors")
         state = {
             "step": step,
-            "sha256": digest(part / "state.safetensors"),
+            "sha256": files.file_sha256(part / "state.safetensors"),
             "room": {"size": room.size, "checkpointed": room.decoder.checkpointed},
             "reference": None if reference is None else reference.state(),
         }
@@ -71,7 +71,7 @@ def read_newest(folder: Path, model, optimizer, room: Room, reference) -> int:
     for checkpoint in reversed(checkpoints(folder)):
         try:
             state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-            found = digest(checkpoint / "state.safetensors")
+            found = files.file_sha256(checkpoint / "state.safetensors")
             damage = None if found == state["sha256"] else "state.safetensors is not what was written"
         except (OSError, ValueError, KeyError, TypeError) as e:
             damage = f"{type(e).__name__}: {e}"
@@ -95,11 +95,6 @@ def take_over(tensors: dict, state: dict, model, optimizer, room: Room, referenc
     room.decoder.checkpointed = state["room"]["checkpointed"]
     if reference is not None:
         reference.load(state["reference"])
-
-
-def digest(file: Path) -> str:
-    with open(file, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def put_on_disk(path: Path) -> None:

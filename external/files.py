@@ -13,6 +13,12 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def file_sha256(file: Path) -> str:
+    """Of a file of any size, without reading it whole."""
+    with open(file, "rb") as data:
+        return hashlib.file_digest(data, "sha256").hexdigest()
+
+
 # ---- reading -------------------------------------------------------------------------------------------------------
 
 

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from external import files
+from external.flags import whole
 from pds import candidates, clip_score, figures, rank_images, runner
 from pds.runner import Row
 
@@ -308,7 +309,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     p.add_argument(
         "--sheet", type=Path, metavar="PNG", help="prompts x candidates with their scores, the winner framed"
     )
-    p.add_argument("--rows", type=runner.positive, default=10, help="prompts on the sheet (default 10)")
+    p.add_argument("--rows", type=whole(1), default=10, help="prompts on the sheet (default 10)")
     p.add_argument("--embed", metavar="FOLDER", help="open_clip folder or name for the similarity (default TF-IDF)")
     p.add_argument("--image-root", type=Path, help="folder the image paths start from (default: FILE's)")
     return p.parse_args(argv)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pictures
 from external import files
+from external.flags import whole
 from pds import card, runner
 from pds.candidates import Export, Rules, bare, by_question, choose, without_echo
 from pds.runner import Row
@@ -121,7 +122,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     p.add_argument("--image-root", type=Path, help="folder the image paths start from (default: IN's)")
     p.add_argument("--min-words", type=int, default=Rules().min_words, help="of an answer (default 3)")
     p.add_argument("--min-margin", type=float, default=Rules().min_margin, help="least score_chosen - score_rejected")
-    p.add_argument("--sizes", type=runner.positive, nargs="+", default=[], metavar="N", help="nested subsets (Table 3)")
+    p.add_argument("--sizes", type=whole(1), nargs="+", default=[], metavar="N", help="nested subsets (Table 3)")
     p.add_argument("--seed", type=int, default=0, help="of the subsets (default 0)")
     return p.parse_args(argv)
 

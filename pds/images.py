@@ -30,6 +30,7 @@ from PIL import Image
 
 import pictures
 from external import files, hub
+from external.flags import whole
 from pds import runner
 from pds.runner import Row
 
@@ -249,8 +250,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     p.add_argument("--images", type=Path, metavar="DIR", help="take pictures made elsewhere: <id>-g<scale>.png")
     p.add_argument("--guidance", type=float, nargs="+", default=[5.0, 7.0, 9.0, 11.0], help="default 5 7 9 11")
     p.add_argument("--scale-argument", default="guidance_scale", help="of the pipeline; true_cfg_scale for Qwen-Image")
-    p.add_argument("--steps", type=runner.positive, default=28, help="default 28")
-    p.add_argument("--size", type=runner.positive, help="side in pixels (default: the model's, 1024 for SD3)")
+    p.add_argument("--steps", type=whole(1), default=28, help="default 28")
+    p.add_argument("--size", type=whole(1), help="side in pixels (default: the model's, 1024 for SD3)")
     p.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
     p.add_argument("--same-noise", action="store_true", help="one noise per prompt for all its scales")
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default float16 on CUDA, else float32")

@@ -26,6 +26,7 @@ from PIL import Image
 
 import pictures
 from external import files
+from external.flags import whole
 from pds import clip_score, imagereward, runner
 from pds.runner import Row
 
@@ -186,7 +187,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         metavar="FOLDER",
         help="model_large.pth (or ImageReward.pt), med_config.json, vocab.txt; the score is BLIP's ITC",
     )
-    p.add_argument("--vision-heads", type=runner.positive, help="of ImageReward and BLIP, where a head is not 64 wide")
+    p.add_argument("--vision-heads", type=whole(1), help="of ImageReward and BLIP, where a head is not 64 wide")
     p.add_argument("--image-root", type=Path, help="folder the image paths start from (default: IN's)")
     p.add_argument("--best", type=Path, metavar="FILE", help="a row per prompt, with its best picture")
     p.add_argument("--min-score", type=float, help="drop prompts whose best picture scores less")

@@ -32,6 +32,7 @@ import pictures
 from bases import checkpoint, tensors
 from external import files
 from external.endpoint import reply_text
+from external.flags import whole
 from pds import candidates, endpoints, library, runner
 from pds.runner import Row
 
@@ -280,7 +281,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     p = runner.stage_parser(__doc__, "questions.jsonl: {id, image, prompt}")
     p.add_argument("--responder", action="append", required=True, metavar="NAME=SPEC", help="repeatable; see the top")
     p.add_argument("--image-root", type=Path, help="folder the image paths start from (default: IN's)")
-    p.add_argument("--max-new-tokens", type=runner.positive, default=1000, help="of an answer (default 1000)")
+    p.add_argument("--max-new-tokens", type=whole(1), default=1000, help="of an answer (default 1000)")
     p.add_argument("--temperature", type=float, default=0.0, help="default 0: greedy")
     p.add_argument("--seed", type=int, default=0, help="of sampling (default 0)")
     endpoints.endpoint.add_flags(p)

@@ -33,6 +33,7 @@ from typing import NamedTuple
 import torch
 
 from external import files
+from external.flags import whole
 from external.progress import progress
 
 INSTALL = "python .ci/install.py pds"
@@ -132,10 +133,10 @@ def check_settings(out: Path, settings: dict) -> None:
 def cut_torn_line(out: Path) -> None:
     """Removes a last line that was not written to its end."""
     data = out.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    if whole < len(data):
-        os.truncate(out, whole)
-        print(f"{out}: the last line was cut off ({len(data) - whole} bytes); its row is done again")
+    complete = data.rfind(b"\n") + 1
+    if complete < len(data):
+        os.truncate(out, complete)
+        print(f"{out}: the last line was cut off ({len(data) - complete} bytes); its row is done again")
 
 
 def read_done(out: Path, inputs: dict[Key, Row], added: set[str]) -> dict[Key, Row]:
@@ -314,18 +315,13 @@ def stage_parser(doc: str, what: str) -> argparse.ArgumentParser:
 
 def add_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--out", type=Path, required=True, help="OUT.jsonl; the same command resumes one that was begun")
-    p.add_argument("--batch", type=positive, help="rows at once (default: as the GPU's free memory allows; 8 on a CPU)")
-    p.add_argument("--limit", type=positive, help="only the first N rows of IN")
+    p.add_argument("--batch", type=whole(1), help="rows at once (default: as the GPU's free memory allows; 8 on a CPU)")
+    p.add_argument("--limit", type=whole(1), help="only the first N rows of IN")
     p.add_argument("--retry-failed", action="store_true", help="do the rows again that ended with an error")
-    p.add_argument("--shard-index", type=int, default=0, help="the rows whose id hashes to this, of 0 .. count - 1")
-    p.add_argument("--shard-count", type=positive, default=1, help="how many processes share IN (default 1)")
-
-
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return number
+    p.add_argument(
+        "--shard-index", type=whole(0), default=0, help="the rows whose id hashes to this, of 0 .. count - 1"
+    )
+    p.add_argument("--shard-count", type=whole(1), default=1, help="how many processes share IN (default 1)")
 
 
 def check_flags(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
