@@ -189,7 +189,8 @@ def open_of(pair: Pair, source: Path | bytes) -> Image.Image:
 class PairData(Dataset):
     """Examples by (epoch, index): the epoch is part of what is asked for, since m_l is drawn anew in each.
 
-    strategy: how m_l is made, None for no m_l. max_length: longer responses are cut to fit (--cut-long).
+    strategy: how m_l is made, None for no m_l. max_length: longer responses are cut to fit (--cut-long). left_out: how
+    many rows of the data are none of these pairs, by reason.
     """
 
     def __init__(
@@ -201,6 +202,7 @@ class PairData(Dataset):
         fresh_every_epoch: bool = True,
         with_image: bool = True,
         max_length: int | None = None,
+        left_out: dict[str, int] | None = None,
     ):
         self.pairs = pairs
         self.processor = processor
@@ -209,6 +211,7 @@ class PairData(Dataset):
         self.fresh_every_epoch = fresh_every_epoch
         self.with_image = with_image
         self.max_length = max_length
+        self.left_out = dict(left_out or {})
 
     def __len__(self) -> int:
         return len(self.pairs)

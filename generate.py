@@ -28,7 +28,7 @@ from bases.adapter import load_adapter
 from data import BadRow, Processor, bare_question
 from engine.device import choose_device
 from external.flags import number, whole
-from lora import merge_lora
+from lora import lora_modules, merge_lora
 from model import LLaVA, causal
 
 MOST_NEW_TOKENS = 32768  # eight times what the bases were taught to read; a cache for more is a slip of the finger
@@ -338,6 +338,9 @@ def load_model(args: argparse.Namespace) -> LLaVA:
         load_adapter(model, args.adapter)
         if args.dtype == "float32":  # faster; 16-bit weights would round part of the update away
             merge_lora(model)
+        else:
+            for module in lora_modules(model).values():
+                module.to(dtype)  # as autocast reads A and B in training; float32 products are slow on a GPU
     return model
 
 

@@ -43,8 +43,8 @@ from engine.sharding import shard as shard_base
 from external import tracking
 from external.flags import HelpWithDefaults, layer_count, names_of, number, refuse_foreign, whole
 from formats import hub_data
-from formats.problems import Demands, examine, usable
-from formats.readers import read_pairs
+from formats.problems import Demands, examine, reasons, usable
+from formats.readers import read_data
 from lora import add_lora, lora_disabled
 from model import LLaVA
 
@@ -200,7 +200,7 @@ def fast_path(model, compiled: bool, reference: str, any_rank: Callable[[bool], 
 
 def load_base_and_data(args: argparse.Namespace, device: torch.device) -> tuple[LLaVA, PairData]:
     """The frozen base, and the pairs as it reads them. A user's mistake ends here, before anything is written."""
-    pairs, problems = read_pairs(args.data, args.image_root)
+    read = read_data(args.data, args.image_root)
     folder = resolve(args.base, args.weights)
     _, vision = checkpoint_tensors(folder, args.vision_weights)
     processor = load_processor(folder, read_config(folder, vision))
@@ -213,7 +213,7 @@ def load_base_and_data(args: argparse.Namespace, device: torch.device) -> tuple[
         max_length=args.max_length,
         cut_long=args.cut_long,
     )
-    examined = examine(args.data, pairs, problems, processor, demands)
+    examined = examine(args.data, read.pairs, read.problems, processor, demands)
     data = PairData(
         pairs=usable(examined, args.skip_bad),
         processor=processor,
@@ -222,6 +222,7 @@ def load_base_and_data(args: argparse.Namespace, device: torch.device) -> tuple[
         fresh_every_epoch=args.crop_every_epoch,
         with_image=demands.with_image,
         max_length=args.max_length,
+        left_out=read.left_out + reasons(examined.problems),
     )
     place = torch.device("cpu") if args.shard else device  # one GPU need not hold a base that is to be sharded
     model = load_model(folder, args.vision_weights, getattr(torch, args.dtype), place, args.quant)

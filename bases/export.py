@@ -47,13 +47,27 @@ QUESTION = "Describe this image in detail."
 
 def main(argv=None) -> None:
     args = parse_args(argv)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     out, part = args.out, args.out.with_name(args.out.name + ".part")
-    if out.exists():
-        raise SystemExit(f"{out}: exists already; an export never overwrites")
-    if part.exists():
-        raise SystemExit(f"{part}: exists already. If no other export is writing it, one was killed there: remove it")
-    files.check_writable(out)
+    try:
+        part.mkdir(parents=True)
+    except FileExistsError:
+        hint = "If no other export is writing it, one was killed there: remove it"
+        raise SystemExit(f"{part}: exists already. {hint}") from None
+    except OSError as error:
+        raise SystemExit(f"{out}: cannot be written ({error.strerror}).") from None
+    try:
+        if out.exists():
+            raise SystemExit(f"{out}: exists already; an export never overwrites")
+        export(args, part)
+        os.rename(part, out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    print(f"{out}: {', '.join(sorted(file.name for file in out.iterdir()))}")
+
+
+def export(args: argparse.Namespace, part: Path) -> None:
+    """Writes base + adapter to the folder `part` and compares the logits. SystemExit if they differ by too much."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = checkpoint.resolve(args.base, args.weights)
     stored, _ = checkpoint.checkpoint_tensors(folder, args.vision_weights)
     own = read_tensor(stored["language_model.norm.weight"]).dtype
@@ -71,18 +85,12 @@ def main(argv=None) -> None:
             print(f"the adapter changes a logit by up to {largest_difference(expected, logits(model, folder)):.3g}")
     del model  # the merged one needs its room
 
-    part.mkdir(parents=True)
-    try:
-        write_checkpoint(folder, part, stored, adapter, config, dtype)
-        found = logits(checkpoint.load_model(part, None, dtype, device), part)
-        difference = largest_difference(found[:, : config.vocab], expected)
-        print(f"writing it as {args.dtype or dtype} changes a logit by up to {difference:.3g}".replace("torch.", ""))
-        if not difference <= bound:
-            raise SystemExit(f"More than {bound}: nothing is kept. Try --dtype float32, or raise --max-difference.")
-        os.rename(part, out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    print(f"{out}: {', '.join(sorted(file.name for file in out.iterdir()))}")
+    write_checkpoint(folder, part, stored, adapter, config, dtype)
+    found = logits(checkpoint.load_model(part, None, dtype, device), part)
+    difference = largest_difference(found[:, : config.vocab], expected)
+    print(f"writing it as {args.dtype or dtype} changes a logit by up to {difference:.3g}".replace("torch.", ""))
+    if not difference <= bound:
+        raise SystemExit(f"More than {bound}: nothing is kept. Try --dtype float32, or raise --max-difference.")
 
 
 # ---- is it the same model? -----------------------------------------------------------------------------------------

@@ -140,17 +140,19 @@ def find_room(
             scored = path.make_batch(largest).to(device)
             decoder.checkpointed = plan.recomputed
 
-            def step() -> None:
-                with path.autocast:
-                    logps = path.score(model, scored)
-                    total = sum(value.sum() for value in logps if value is not None)
-                total.backward()
-
-            return trial_step(parameters, step)
+            return trial_step(parameters, lambda: forward_and_backward(path, model, scored))
 
         plan = choose(candidates(layers, size, recomputed), trial)
     decoder.checkpointed = plan.recomputed
     return Room(decoder, parameters, path.split, plan.size)
+
+
+def forward_and_backward(path, model, scored) -> None:
+    """A micro-batch as the loop computes it: the backward pass outside autocast, whose casts would be others' bytes."""
+    with path.autocast:
+        logps = path.score(model, scored)
+        total = sum(value.sum() for value in logps if value is not None)
+    total.backward()
 
 
 # ---- out of memory in mid-run --------------------------------------------------------------------------------------

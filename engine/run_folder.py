@@ -24,7 +24,6 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from data import Example, PairData
 from engine import state
@@ -32,12 +31,13 @@ from engine.card import model_card
 from engine.distributed import World
 from engine.memory import Room, peak_gib
 from external import files
+from external.progress import progress
 from external.tracking import tracker
 from lora import lora_modules
 
 HEADER = f"{'step':>11} |   loss |    dpo    copo   ancpo |  margin   image |  acc |      lr | gnorm | pairs/s |   GiB"
 SAVE_SECONDS = 600  # between checkpoints, where --save-every does not say
-FREE = "workers out resume save_every track command made weights vision_weights".split()  # may differ when resumed
+FREE = "workers out resume save_every track command made weights vision_weights left_out".split()  # when resumed
 
 
 # ---- the folder ----------------------------------------------------------------------------------------------------
@@ -97,6 +97,7 @@ def describe(args: dict, model: nn.Module, data: PairData) -> dict:
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in args.items()}
     settings["rejected_image"] = data.strategy
     settings["pairs"] = len(data)
+    settings["left_out"] = data.left_out
     words = [word for word in sys.argv[1:] if word != "--resume"]
     settings["command"] = shlex.join(["python", "train.py", *words, "--resume"])  # what takes the run up again
     settings["data_sha256"] = data.digest()
@@ -153,7 +154,7 @@ class Run:
                 files.write_json(self.folder / "args.json", self.settings)
                 self.open_log()
             self.track = tracker(self.settings["track"], self.folder, self.settings)
-        self.bar = tqdm(total=self.steps, initial=self.step, desc=self.settings["recipe"], disable=None)
+            self.bar = progress(what=f"{self.settings['recipe']}, steps", total=self.steps, done=self.step)
         print(HEADER)
 
     def open_log(self) -> None:
@@ -213,8 +214,8 @@ class Run:
         epoch_ends = (step + 1) % self.steps_per_epoch == 0
         if epoch_ends:
             self.world.end_epoch(self.model, self.reference)
-        self.bar.update()
         if self.world.main:
+            self.bar.update()
             self.bar.write(line(row, self.steps))
             self.track(row)
             with told(self.folder):
@@ -257,8 +258,8 @@ class Run:
     def close(self) -> None:
         for number, handler in getattr(self, "handlers", {}).items():
             signal.signal(number, handler)
-        self.bar.close()
         if self.world.main:
+            self.bar.close()
             self.log_file.close()
             self.lock.release()
 

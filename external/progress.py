@@ -9,6 +9,7 @@ with progress(what="answers", total=300, done=12) as bar:
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterable, Iterator
 
 from tqdm import tqdm
@@ -35,11 +36,7 @@ class LogLines:
         self.first = self.n = done
         self.start = time.monotonic()
         self.ended = threading.Event()
-        threading.Thread(target=self.tick, daemon=True).start()
-
-    def tick(self) -> None:
-        while not self.ended.wait(SECONDS):
-            print(self.line(), file=sys.stderr, flush=True)
+        threading.Thread(target=tick, args=(weakref.ref(self), self.ended), daemon=True).start()
 
     def line(self) -> str:
         gone = time.monotonic() - self.start
@@ -51,6 +48,10 @@ class LogLines:
 
     def update(self, n: int = 1) -> None:
         self.n += n
+
+    def write(self, text: str) -> None:
+        """A line between those of the bar; tqdm has it too."""
+        print(text, flush=True)
 
     def close(self) -> None:
         self.ended.set()
@@ -66,6 +67,12 @@ class LogLines:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+def tick(lines: weakref.ref[LogLines], ended: threading.Event) -> None:
+    """Until the work ends, or breaks off and its lines are forgotten."""
+    while not ended.wait(SECONDS) and lines() is not None:
+        print(lines().line(), file=sys.stderr, flush=True)
 
 
 def clock(seconds: float) -> str:

@@ -162,9 +162,12 @@ def unpack_one(archive: Path, root: Path, stems: set[str]) -> None:
         to = (root / member).resolve()
         if Path(member).stem not in stems or not to.is_relative_to(root):
             continue
+        wanted = f"{archive}: {printable(member, LONGEST)} would take {size:,} bytes"
         free = shutil.disk_usage(root).free
-        if size > min(LARGEST_PICTURE, free):
-            raise SystemExit(f"{archive}: {printable(member, LONGEST)} would take {size:,} bytes, {free:,} are free")
+        if size > LARGEST_PICTURE:
+            raise SystemExit(f"{wanted}; a picture of more than {LARGEST_PICTURE:,} is not unpacked")
+        if size > free:
+            raise SystemExit(f"{wanted}, {free:,} are free")
         to.parent.mkdir(parents=True, exist_ok=True)
         with open_member() as packed, open(to, "wb") as file:
             shutil.copyfileobj(packed, file)

@@ -47,13 +47,16 @@ class Chat(NamedTuple):
     images: tuple = ()
 
 
-def read_chat(value, alone: str) -> Chat:
-    """A text, a message or a list of messages. A text, or a message without a role, is the `alone` part."""
+def read_chat(name: str, value, alone: str) -> Chat:
+    """A text, a message or a list of messages. A text, or a message without a role, is the `alone` part.
+
+    BadRow by `name`, what the value is of the pair.
+    """
     if isinstance(value, str):
         return Chat(**{alone: value})
     messages = [value] if isinstance(value, dict) else value
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise BadRow(NOT_FITTING, f"{type(value).__name__} where text or messages were wanted")
+        raise BadRow(NOT_FITTING, f"{name}: {type(value).__name__} where text or messages were wanted")
     found = {}
     images = []
     for message in messages:
@@ -106,11 +109,11 @@ def one_of(texts: list[str | None], reason: str) -> str | None:
 
 def from_chats(image, prompt, chosen, rejected) -> Fields:
     """Fields of columns that hold texts or chats; `prompt` may be None where both answers bring the question."""
-    chats = [read_chat(chosen, "answer"), read_chat(rejected, "answer")]
+    chats = [read_chat("chosen", chosen, "answer"), read_chat("rejected", rejected, "answer")]
     if any(chat.answer is None for chat in chats):
         raise BadRow(NOT_ONE_TURN, "a response without an assistant's message")
     if prompt is not None:
-        asked = read_chat(prompt, "question")
+        asked = read_chat("prompt", prompt, "question")
         if asked.answer is not None:
             raise BadRow(NOT_ONE_TURN, "the prompt holds an answer")
         chats.append(asked)

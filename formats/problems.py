@@ -131,8 +131,13 @@ def rows_in(examined: Examined) -> int:
     return len({p.row for p in examined.pairs} | {p.row for p in examined.problems})
 
 
+def reasons(problems: list[Problem]) -> Counter[str]:
+    """reason -> rows."""
+    return Counter(p.reason for p in problems)
+
+
 def count_reasons(problems: list[Problem]) -> str:
-    return ", ".join(f"{n} {reason}" for reason, n in Counter(p.reason for p in problems).most_common())
+    return ", ".join(f"{n} {reason}" for reason, n in reasons(problems).most_common())
 
 
 def place(name: str, item: Pair | Problem) -> str:

@@ -48,7 +48,21 @@ class Stored:
         self.total = 0
 
 
+class Read(NamedTuple):
+    """What became of every row."""
+
+    pairs: list[Pair]
+    problems: list[Problem]  # rows that cannot be used
+    left_out: Counter[str]  # reason -> rows that make no pair by their format's own rule
+
+
 def read_pairs(data: Path | str, image_root: Path | None = None) -> tuple[list[Pair], list[Problem]]:
+    """`read_data` where nobody asks for the rows that make no pair; they are printed all the same."""
+    read = read_data(data, image_root)
+    return read.pairs, read.problems
+
+
+def read_data(data: Path | str, image_root: Path | None = None) -> Read:
     """Every row of a file, a folder or a hub data set (hub_data.py) as a Pair or a Problem. SystemExit if the data or
     its columns are not known. Pictures lie in image_root, else in the file's folder or in what was downloaded."""
     name = str(data)
@@ -80,7 +94,7 @@ def read_pairs(data: Path | str, image_root: Path | None = None) -> tuple[list[P
         joined = hub_data.join(name, folder, paths, image_root)
     pairs = place_all(stored, root, joined)
     report(name, layout, stored, pairs)
-    return pairs, stored.problems
+    return Read(pairs, stored.problems, stored.left_out)
 
 
 def read_one(row: Row, layout: Layout, stored: Stored) -> None:

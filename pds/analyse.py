@@ -315,6 +315,12 @@ def parse_args(argv=None) -> argparse.Namespace:
     return p.parse_args(argv)
 
 
+def check_scores(file: Path, rows: list[Row]) -> None:
+    for row in rows:
+        if not isinstance(row.get("scores") or {}, dict):
+            raise SystemExit(f"{file}: id {row['id']}: `scores` is {row['scores']!r:.40}, wanted {{scorer: number}}")
+
+
 def find_embedder(name: str | None):
     """texts -> vectors (n, d)."""
     if name is None:
@@ -339,6 +345,7 @@ def main(argv=None) -> None:
             values["answers"] = {"judge": answer_scores(rows)}
             print_answers(found["answers"])
         elif any("scores" in row for row in rows):
+            check_scores(file, rows)
             score_rows, image_root = rows, image_root or file.parent
             found["images"] = analyse_scores(rows)
             values["images"] = image_scores(rows, found["images"]["scorers"])

@@ -78,7 +78,7 @@ def refused_for(row: Row, rules: Rules) -> str | None:
     if answer.replace("\u2019", "'").lower().startswith(REFUSALS):
         return "refusal"
     score = row.get("score")
-    if not isinstance(score, int | float) or not math.isfinite(score):
+    if not isinstance(score, int | float) or isinstance(score, bool) or not math.isfinite(score):
         return "failed"  # the judge said nothing of it
     return None
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pictures
 from external import files
-from external.flags import whole
+from external.flags import number, whole
 from pds import card, runner
 from pds.candidates import Export, Rules, bare, by_question, choose, without_echo
 from pds.runner import Row
@@ -120,8 +120,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     p.add_argument("input", type=Path, metavar="IN", help="ranked.jsonl: {id, image, prompt, responder, answer, score}")
     p.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the data set; an old one is replaced")
     p.add_argument("--image-root", type=Path, help="folder the image paths start from (default: IN's)")
-    p.add_argument("--min-words", type=int, default=Rules().min_words, help="of an answer (default 3)")
-    p.add_argument("--min-margin", type=float, default=Rules().min_margin, help="least score_chosen - score_rejected")
+    p.add_argument("--min-words", type=whole(0), default=Rules().min_words, help="of an answer (default 3)")
+    p.add_argument(
+        "--min-margin", type=number(0.0), default=Rules().min_margin, help="least score_chosen - score_rejected"
+    )
     p.add_argument("--sizes", type=whole(1), nargs="+", default=[], metavar="N", help="nested subsets (Table 3)")
     p.add_argument("--seed", type=int, default=0, help="of the subsets (default 0)")
     return p.parse_args(argv)
@@ -136,7 +138,10 @@ def main(argv=None) -> None:
     export.dropped_pairs["picture"] += len(export.pairs) - len(usable)
     export = export._replace(pairs=usable, dropped_pairs=+export.dropped_pairs)
     if not export.pairs:
-        raise SystemExit(f"{args.input}: no pair is left; dropped: {card.listed(export.dropped_pairs)}")
+        raise SystemExit(
+            f"{args.input}: no pair is left; dropped: {card.listed(export.dropped_pairs)}; answers that were no "
+            f"candidates: {card.listed(export.dropped_answers)}"
+        )
     write(args, export, topics)
     files.write_text(args.out / "README.md", card.text(args, export, topics))
     print(f"answers that were no candidates: {card.listed(export.dropped_answers)}")

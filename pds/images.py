@@ -30,7 +30,7 @@ from PIL import Image
 
 import pictures
 from external import files, hub
-from external.flags import whole
+from external.flags import number, whole
 from pds import runner
 from pds.runner import Row
 
@@ -248,7 +248,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     p = runner.stage_parser(__doc__, "prompts.jsonl: {id, topic, caption}")
     p.add_argument("--model", default=DEFAULT, help=f"hub name or folder of a diffusers pipeline (default {DEFAULT})")
     p.add_argument("--images", type=Path, metavar="DIR", help="take pictures made elsewhere: <id>-g<scale>.png")
-    p.add_argument("--guidance", type=float, nargs="+", default=[5.0, 7.0, 9.0, 11.0], help="default 5 7 9 11")
+    p.add_argument("--guidance", type=number(0.0), nargs="+", default=[5.0, 7.0, 9.0, 11.0], help="default 5 7 9 11")
     p.add_argument("--scale-argument", default="guidance_scale", help="of the pipeline; true_cfg_scale for Qwen-Image")
     p.add_argument("--steps", type=whole(1), default=28, help="default 28")
     p.add_argument("--size", type=whole(1), help="side in pixels (default: the model's, 1024 for SD3)")

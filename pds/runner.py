@@ -65,6 +65,10 @@ def row_problem(row: Row, needed: dict[str, type]) -> str | None:
     """Why a row cannot be used. A row with `error` needs nothing but its id."""
     if not isinstance(row.get("id"), str | int) or isinstance(row["id"], bool):
         return "no `id`; every row needs one, a text or a whole number"
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return "half of a surrogate pair in a text; it cannot be written as UTF-8"
     if "error" in row:
         return None
     for name, kind in needed.items():
@@ -121,7 +125,7 @@ def check_settings(out: Path, settings: dict) -> None:
             f"{out} has rows, but {beside.name} is not beside it, so nobody knows how they were made. "
             "Joined from shards? Copy the settings file of one of them to that name. Otherwise give another --out."
         )
-    old = files.read_json(beside)
+    old = files.read_json(beside, dict)
     differing = [name for name in {**old, **settings} if old.get(name) != settings.get(name)]
     if differing:
         lines = (f"  {name}: {old.get(name)!r} then, {settings.get(name)!r} now" for name in differing)
@@ -329,6 +333,7 @@ def check_flags(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         p.error(f"--shard-index runs from 0 to --shard-count - 1, which is {args.shard_count - 1}")
     if args.out.suffix != ".jsonl":
         p.error(f"--out {args.out}: the name of a .jsonl file")
+    files.check_writable(args.out)
 
 
 def optional(module: str) -> ModuleType:

@@ -21,6 +21,7 @@ from tests import (  # noqa: F401  each puts its faults into FAULTS
     faults_files,
     faults_flags,
     faults_more,
+    faults_pds,
     faults_pictures,
     faults_resumed,
     faults_weights,

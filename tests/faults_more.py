@@ -236,7 +236,7 @@ def archive_bomb(bench: Bench) -> Outcome:
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as z:
         z.writestr("a.png", bytes(300 * 10**6))
-    return refused(unpack(bench, "bomb.zip", packed.getvalue()), "300,000,000 bytes")
+    return refused(unpack(bench, "bomb.zip", packed.getvalue()), "300,000,000 bytes", "more than 200,000,000")
 
 
 @fault("N12", SCORERS, "a generation that mostly ended by --max-new-tokens: the score says so")

@@ -11,7 +11,8 @@ from unittest import mock
 from safetensors.torch import load_file
 
 from engine import state
-from tests.faults_bench import ROOT, Bench, Outcome, fault, holds, last_line, refused, shell, used, worst
+from formats import check
+from tests.faults_bench import ROOT, Bench, Outcome, call, fault, holds, last_line, refused, shell, used, worst
 
 RESUMED, PROCESSES = "Resumed runs", "Processes"
 STEPS = ("--max-steps", 6, "--save-every", 2)
@@ -174,6 +175,35 @@ def answers_killed(bench: Bench) -> Outcome:
     bench.answers.unlink()
     bench.ask("--batch", 2, rows=rows)
     return ended if part < 400 and found == bench.answers.read_bytes() else Outcome("BUG", "another file")
+
+
+@fault("19", PROCESSES, "two evals.answers with one --out at once", slow=True)
+def answers_twice(bench: Bench) -> Outcome:
+    questions = bench.data([{"id": i, "image": f"{i % 5}.png", "prompt": "What is it?"} for i in range(40)], "q.jsonl")
+    flags = ("--base", bench.base, "--questions", questions, "--out", bench.answers, "--max-new-tokens", 4)
+    both = [start(bench, "-m evals.answers", *flags) for _ in range(2)]
+    texts = [process.communicate(timeout=80)[0] for process in both]
+    rows = [json.loads(line) for line in bench.answers.read_text().splitlines()]
+    whole = sorted(row["id"] for row in rows) == list(range(40)) and not any("Traceback" in text for text in texts)
+    ends = [process.returncode for process in both]
+    return holds(whole and 0 in ends, f"exit status {ends}, 40 answers, each once", f"{ends}: {last_line(texts[0])}")
+
+
+@fault("39", PROCESSES, "two exports with one --out at once", slow=True)
+def exports_twice(bench: Bench) -> Outcome:
+    out = bench.folder / "merged"
+    both = [start(bench, "-m bases.export", "--base", bench.base, "--out", out) for _ in range(2)]
+    texts = [process.communicate(timeout=80)[0] for process in both]
+    ends = sorted(process.returncode for process in both)
+    whole = (out / "model.safetensors").is_file() and not any("Traceback" in text for text in texts)
+    said = "; ".join(last_line(text) for text in texts)
+    return holds(whole and ends[0] == 0, f"exit status {ends}: {said}", f"exit status {ends}: {said}")
+
+
+@fault("71", PROCESSES, "200,000 rows: read and counted, with a line of progress a minute", slow=True)
+def many_rows(bench: Bench) -> Outcome:
+    rows = "".join(json.dumps(bench.pairs[i % 5] | {"id": f"r{i}"}) + "\n" for i in range(200_000))
+    return used(call(check.main, bench.write("many.jsonl", rows), "--recipe", "dpo-no-image"), "200,000 rows")
 
 
 @fault("35", PROCESSES, "--workers 8 in 64 KB of shared memory", slow=True)

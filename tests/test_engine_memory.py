@@ -139,6 +139,26 @@ def test_the_trial_takes_the_largest_micro_batch_of_epoch_0(world, packed):
     assert length(first) < max(lengths)
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_trial_computes_its_gradients_outside_autocast(world, packed):
+    """As the loop does. Inside, the backward pass of what autocast casts would keep other bytes."""
+    model, data = world
+    path = train.fast_path(model, compiled=False, reference="live") if packed else train.plain_path(model)
+    path = path._replace(autocast=torch.autocast("cpu", torch.bfloat16))
+    scored = path.make_batch([data[(0, 0)]])
+    inside = {"forward": [], "backward": []}
+
+    def note(when):
+        return lambda *_: inside[when].append(torch.is_autocast_enabled("cpu"))
+
+    norm = model.language_model.norm
+    norm.register_forward_hook(note("forward"))
+    norm.register_full_backward_hook(note("backward"))
+    memory.forward_and_backward(path, model, scored)
+    assert set(inside["forward"]) == {True} and set(inside["backward"]) == {False}
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
 def test_7b_in_nf4_trains_one_example_of_1670_tokens_in_10_gb():
     """The planner's arithmetic. Weights: NF4 has 4 bits a weight and a float32 a block of 64, so 0.5625 bytes."""
     with torch.device("meta"):

@@ -178,7 +178,15 @@ def test_adapter_changes_answers_and_is_recorded(asked, tiny_base, tmp_path):
     assert json.loads((tmp_path / "b.settings.json").read_text())["adapter_sha256"] == digest
     for dtype, separate in (("float32", 0), ("bfloat16", 14)):  # 7 linears of 2 layers stay apart in 16 bits
         one = answers.parse_args([*args, "--adapter", str(tmp_path / "run"), "--dtype", dtype])
-        assert len(lora.lora_modules(generate.load_model(one))) == separate
+        loaded = lora.lora_modules(generate.load_model(one))
+        assert len(loaded) == separate
+    trained, _ = checkpoint.load_base(str(tiny_base), dtype=torch.bfloat16)
+    adapter.load_adapter(trained, tmp_path / "run")
+    for name, as_trained in lora.lora_modules(trained).items():  # the 16-bit answer is what training computes
+        x = torch.randn(3, as_trained.base.in_features, generator=torch.Generator().manual_seed(1)).bfloat16()
+        with torch.autocast("cpu", torch.bfloat16):
+            expected = as_trained(x)
+        assert torch.equal(loaded[name](x), expected)
     with pytest.raises(SystemExit, match="nowhere.*not there"):
         answers.main([*args, "--adapter", str(tmp_path / "nowhere")])
 

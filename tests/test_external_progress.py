@@ -18,6 +18,20 @@ def test_a_log_gets_a_line_a_minute_even_while_one_step_runs(monkeypatch, capsys
     assert capsys.readouterr().err == ""  # it stops with the work
 
 
+def test_work_that_broke_off_falls_silent(monkeypatch, capsys):
+    monkeypatch.setattr(module, "SECONDS", 0.02)
+    bar = progress(what="mdpo, steps", total=3)
+    bar.write("a line")
+    assert capsys.readouterr().out == "a line\n"
+    time.sleep(0.1)
+    assert "mdpo, steps: 0 of 3" in capsys.readouterr().err
+    del bar  # never closed
+    time.sleep(0.05)
+    capsys.readouterr()
+    time.sleep(0.1)
+    assert capsys.readouterr().err == ""
+
+
 def test_an_iterable_is_counted_and_quick_work_is_silent(capsys):
     bar = progress([1, 2, 3], "pictures")
     assert list(bar) == [1, 2, 3] and bar.n == 3 and bar.total == 3

@@ -166,8 +166,8 @@ def test_what_cannot_be_used_is_refused(name, tmp_path):
 
 
 def test_null_and_numbers_are_named_in_words(tmp_path):
-    assert "NoneType" in only(tmp_path, LAYOUTS["plain"] | {"rejected": None}).detail
-    assert only(tmp_path, LAYOUTS["plain"] | {"chosen": 3}).detail == "int where text or messages were wanted"
+    assert only(tmp_path, LAYOUTS["plain"] | {"rejected": None}).detail.startswith("rejected: NoneType")
+    assert only(tmp_path, LAYOUTS["plain"] | {"chosen": 3}).detail == "chosen: int where text or messages were wanted"
 
 
 URL = "data:image/png;base64," + base64.b64encode(PNG).decode()

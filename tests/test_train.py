@@ -83,6 +83,9 @@ def test_a_bad_row_stops_before_anything_is_written_or_is_left_out(tiny_base, pa
     assert not (tmp_path / "run").exists()
     log, _ = run(tiny_base, data, tmp_path / "run", "--skip-bad", "--batch", 2, "--epochs", 1)
     assert len(log) == 2 and "2 of 5 rows cannot be used" in capsys.readouterr().out  # 3 pairs: batches of 2 and 1
+    said = json.loads((tmp_path / "run" / "args.json").read_text())
+    assert said["pairs"] == 3
+    assert said["left_out"] == {"empty rejected": 1, "special-token text inside data": 1}
 
 
 def test_the_loss_is_a_mean_over_examples_not_over_micro_batches(tiny_base, pairs_file, tmp_path):
