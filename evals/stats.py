@@ -220,13 +220,6 @@ def report(scored: list[tuple[dict, list[Part]]], json_path: str | None) -> None
         files.write_json(json_path, written)
 
 
-def refuse_overwriting(parser: argparse.ArgumentParser, json_path: str | None, inputs: list[str | None]) -> None:
-    """--json must not be one of the files that the command reads: paid replies would be lost."""
-    read = [Path(path).resolve() for path in inputs if path]
-    if json_path and Path(json_path).resolve() in read:
-        parser.error(f"--json {json_path}: is read by this command; give another name")
-
-
 def scorer_flags(doc: str, source: str, what: str, compared: str, **more) -> argparse.ArgumentParser:
     """A parser with what every scorer takes: its source of answers or --compare of two, and --json."""
     parser = argparse.ArgumentParser(description=doc.split("\n")[0])

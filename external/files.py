@@ -4,7 +4,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -121,8 +121,13 @@ def remove(part: Path) -> None:
         part.unlink(missing_ok=True)
 
 
-def check_writable(path: str | Path) -> None:
-    """SystemExit if a file could not be written at `path`; for before the long work. Leaves nothing but its folder."""
+def check_writable(path: str | Path, reads: Iterable[str | Path | None] = ()) -> None:
+    """SystemExit if a file could not be written at `path`, or if it is one of those that the command reads.
+
+    For before the long work. Leaves nothing but the file's folder.
+    """
+    if Path(path).resolve() in [Path(file).resolve() for file in reads if file]:
+        raise SystemExit(f"{path}: is read by this command and would be overwritten; give another name.")
     part = Path(f"{path}.part")
     try:
         part.parent.mkdir(parents=True, exist_ok=True)

@@ -244,7 +244,7 @@ def analyse_answers(rows: list[Row], embed) -> dict:
         for name in names
     }
     scores = answer_scores(rows)
-    questions = {str(row["id"]): row["prompt"] for row in rows}
+    questions = {str(row["id"]): row["prompt"] for row in rows if "prompt" in row}  # not where pds.ask had failed
     answers = [row["answer"] for row in rows if isinstance(row.get("answer"), str)]
     return {
         "responders": responders,
@@ -312,20 +312,31 @@ def parse_args(argv=None) -> argparse.Namespace:
     p.add_argument("--rows", type=whole(1), default=10, help="prompts on the sheet (default 10)")
     p.add_argument("--embed", metavar="FOLDER", help="open_clip folder or name for the similarity (default TF-IDF)")
     p.add_argument("--image-root", type=Path, help="folder the image paths start from (default: FILE's)")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    if args.sheet and args.sheet.suffix.lower() != ".png":
+        p.error(f"--sheet {args.sheet}: the name of a .png file")
+    for file in (args.json, args.sheet, args.figures and args.figures / "responders.png"):
+        if file:
+            files.check_writable(file, args.input)
+    return args
 
 
-def check_scores(file: Path, rows: list[Row]) -> None:
-    for row in rows:
-        if not isinstance(row.get("scores") or {}, dict):
-            raise SystemExit(f"{file}: id {row['id']}: `scores` is {row['scores']!r:.40}, wanted {{scorer: number}}")
+def read_kind(file: Path) -> tuple[str, list[Row]]:
+    """What a file holds, "answers" or "images", and its rows, checked."""
+    rows = runner.read_inputs(file, {})
+    if any("responder" in row for row in rows):
+        return "answers", runner.read_inputs(file, {"prompt": str, "responder": str})
+    if any("scores" in row for row in rows):
+        rank_images.check_scores(file, rows)
+        return "images", runner.read_inputs(file, rank_images.NEEDED)
+    raise SystemExit(f"{file}: neither rows of rank_images (`scores`) nor of rank_responses (`responder`)")
 
 
 def find_embedder(name: str | None):
     """texts -> vectors (n, d)."""
     if name is None:
         return tf_idf
-    scorer = clip_score.load(*clip_score.find_weights(name))
+    scorer = clip_score.load(*clip_score.find_weights(name, "--embed"))
 
     def embed(texts: list[str]) -> Tensor:
         batches = (texts[i : i + 64] for i in range(0, len(texts), 64))
@@ -339,19 +350,18 @@ def main(argv=None) -> None:
     found, values, score_rows, image_root = {}, {}, [], args.image_root
     embed = find_embedder(args.embed)
     for file in args.input:
-        rows = runner.read_inputs(file, {})
-        if any("responder" in row for row in rows):
+        kind, rows = read_kind(file)
+        if kind in found:
+            raise SystemExit(f"{file}: a second file of {kind}; `cat` joins the shards of a stage into one file")
+        if kind == "answers":
             found["answers"] = analyse_answers(rows, embed) | {"embedder": args.embed or "TF-IDF"}
             values["answers"] = {"judge": answer_scores(rows)}
             print_answers(found["answers"])
-        elif any("scores" in row for row in rows):
-            check_scores(file, rows)
+        else:
             score_rows, image_root = rows, image_root or file.parent
             found["images"] = analyse_scores(rows)
             values["images"] = image_scores(rows, found["images"]["scorers"])
             print_scores(found["images"])
-        else:
-            raise SystemExit(f"{file}: neither rows of rank_images (`scores`) nor of rank_responses (`responder`)")
     if args.json:
         files.write_json(args.json, found | {"paper": PAPER})
     if args.figures:

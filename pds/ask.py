@@ -65,8 +65,12 @@ def with_question(row: Row, reply: dict) -> Row:
 
 
 def read_questions(file: Path) -> dict[str, str]:
-    """id -> question."""
-    return {str(row["id"]): row["prompt"] for row in runner.read_inputs(file, {"prompt": str}) if "error" not in row}
+    """id -> question. SystemExit if an id has two."""
+    found = {}
+    for row in runner.read_inputs(file, {"prompt": str}):
+        if "error" not in row and found.setdefault(str(row["id"]), row["prompt"]) != row["prompt"]:
+            raise SystemExit(f"{file}: two questions for {row['id']}; leave one of them")
+    return found
 
 
 def from_file(row: Row, questions: dict[str, str], file: Path) -> Row:
@@ -81,7 +85,7 @@ def source_of(args: argparse.Namespace) -> tuple[dict, Callable[[], runner.Work]
         return described, lambda: runner.each_row(lambda row: row | {"prompt": template_of(args.seed, str(row["id"]))})
     if args.questions:
         questions = read_questions(args.questions)
-        described = {"model": f"questions of {args.questions.name}"}
+        described = {"model": f"questions of {args.questions.name}", "sha256": files.file_sha256(args.questions)}
         return described, lambda: runner.each_row(lambda row: from_file(row, questions, args.questions))
     where = endpoints.from_flags(args, args.endpoint, args.model)
 

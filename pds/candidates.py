@@ -119,10 +119,16 @@ def choose(answers: list[Row], rules: Rules) -> Choice:
 
 
 def by_question(rows: list[Row]) -> dict[str, list[Row]]:
-    """Question id -> its answers."""
+    """Question id -> its answers. SystemExit where answers to different questions, or pictures, have one id."""
     found = defaultdict(list)
     for row in rows:
         found[str(row["id"])].append(row)
+    for key, answers in found.items():
+        asked = {(row.get("prompt"), row.get("image")) for row in answers if "error" not in row}
+        if len(asked) > 1:
+            raise SystemExit(
+                f"id {key}: its answers have {len(asked)} different prompts or images; no pair is made of them"
+            )
     return found
 
 

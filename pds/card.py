@@ -50,7 +50,7 @@ def chain(file: Path) -> list[Stage]:
         beside = runner.settings_file(file)
         settings = files.read_json(beside, dict) if beside.is_file() else {}
         stages.append(Stage(settings.get("stage", "given"), file, settings))
-        if not settings.get("in"):
+        if not isinstance(settings.get("in"), str):
             break
         file = (file.parent / settings["in"]).resolve()
     return stages

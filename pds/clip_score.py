@@ -46,7 +46,7 @@ class Scorer:
         return (image * text).sum(-1).tolist()  # (B, P) -> (B,)
 
 
-def find_weights(name: str) -> tuple[str, Path]:
+def find_weights(name: str, flag: str = "--clip") -> tuple[str, Path]:
     """An open_clip folder, or a model's name -> the name open_clip takes, and the file of the weights."""
     folder = Path(name)
     if folder.is_dir():
@@ -57,9 +57,9 @@ def find_weights(name: str) -> tuple[str, Path]:
     open_clip = runner.optional("open_clip")
     known = [model for model, tag in open_clip.list_pretrained() if tag == "openai" and model.endswith("quickgelu")]
     if name not in known:
-        raise SystemExit(f"--clip {name}: neither an open_clip folder nor one of OpenAI's models: {', '.join(known)}")
+        raise SystemExit(f"{flag} {name}: neither an open_clip folder nor one of OpenAI's models: {', '.join(known)}")
     repository = open_clip.get_pretrained_cfg(name, "openai")["hf_hub"].strip("/")
-    return name, hub.download(repository, (WEIGHTS,), "model", repository, "--clip FOLDER") / WEIGHTS
+    return name, hub.download(repository, (WEIGHTS,), "model", repository, f"{flag} FOLDER") / WEIGHTS
 
 
 def load(name: str, weights: Path, device: str = "cpu") -> Scorer:

@@ -83,9 +83,9 @@ def balanced_order(pairs: list[Row], topics: dict[str, str], seed: int) -> list[
 # ---- pictures ------------------------------------------------------------------------------------------------------
 
 
-def copy_pictures(pairs: list[Row], root: Path, out: Path) -> list[Row]:
-    """Copies each pair's picture to the same path inside `out`; the pairs whose picture can be used."""
-    usable, root = [], root.resolve()
+def with_picture(pairs: list[Row], root: Path) -> list[Row]:
+    """The pairs whose picture can be used, its path as it is inside `root`."""
+    usable = []
     for pair in pairs:
         try:
             source = files.inside(root, pair["image"])
@@ -93,26 +93,40 @@ def copy_pictures(pairs: list[Row], root: Path, out: Path) -> list[Row]:
         except ValueError as error:
             print(f"{pair['id']}: {pair['image']}: {error}; no pair")
             continue
-        target = out / source.relative_to(root)
-        if target != source:
-            with files.whole(target) as part:
-                shutil.copyfile(source, part)
         usable.append(pair | {"image": str(source.relative_to(root))})
     return usable
+
+
+def copy_pictures(pairs: list[Row], root: Path, out: Path) -> None:
+    """Copies each pair's picture to the same path inside `out`."""
+    for pair in pairs:
+        source, target = root / pair["image"], out / pair["image"]
+        if target.resolve() != source:
+            with files.whole(target) as part:
+                shutil.copyfile(source, part)
 
 
 # ---- command line --------------------------------------------------------------------------------------------------
 
 
-def write(args: argparse.Namespace, export: Export, topics: dict[str, str]) -> None:
-    """The files of the folder; the sizes are checked before the first is written."""
-    if too_many := [size for size in args.sizes if size > len(export.pairs)]:
-        raise SystemExit(f"--sizes {too_many[0]}: there are only {len(export.pairs)} pairs")
-    files.write_rows(args.out / "pairs.jsonl", export.pairs)
+def check_out(args: argparse.Namespace) -> None:
+    """SystemExit if --out has files of the set's names that no export wrote, or cannot be written."""
+    others = [name for name in ("pairs.jsonl", "README.md") if (args.out / name).exists()]
+    if others and not (args.out / "pds-dpo.json").exists():  # the first that an export writes
+        raise SystemExit(f"{args.out}: has a {others[0]} that is of no export; give a folder of its own")
+    files.check_writable(args.out / "pairs.jsonl", [args.input])
+
+
+def write(args: argparse.Namespace, export: Export, topics: dict[str, str], readme: str) -> None:
+    """The files of the folder, instead of those of an earlier export."""
+    for old in args.out.glob("pairs-*.jsonl"):
+        old.unlink()
     files.write_json(args.out / "pds-dpo.json", [pds_dpo(pair) for pair in export.pairs])
+    files.write_rows(args.out / "pairs.jsonl", export.pairs)
     ordered = balanced_order(export.pairs, topics, args.seed)
     for size in args.sizes:
         files.write_rows(args.out / f"pairs-{size}.jsonl", ordered[:size])
+    files.write_text(args.out / "README.md", readme)
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -134,7 +148,9 @@ def main(argv=None) -> None:
     rows = runner.read_inputs(args.input, NEEDED)
     topics = {str(row["id"]): str(row.get("topic", "")) for row in rows}
     export = make_pairs(rows, Rules(args.min_words, args.min_margin))
-    usable = copy_pictures(export.pairs, args.image_root or args.input.parent, args.out)
+    check_out(args)
+    root = (args.image_root or args.input.parent).resolve()
+    usable = with_picture(export.pairs, root)
     export.dropped_pairs["picture"] += len(export.pairs) - len(usable)
     export = export._replace(pairs=usable, dropped_pairs=+export.dropped_pairs)
     if not export.pairs:
@@ -142,8 +158,11 @@ def main(argv=None) -> None:
             f"{args.input}: no pair is left; dropped: {card.listed(export.dropped_pairs)}; answers that were no "
             f"candidates: {card.listed(export.dropped_answers)}"
         )
-    write(args, export, topics)
-    files.write_text(args.out / "README.md", card.text(args, export, topics))
+    if too_many := [size for size in args.sizes if size > len(export.pairs)]:
+        raise SystemExit(f"--sizes {too_many[0]}: there are only {len(export.pairs)} pairs")
+    readme = card.text(args, export, topics)
+    copy_pictures(export.pairs, root, args.out)
+    write(args, export, topics, readme)
     print(f"answers that were no candidates: {card.listed(export.dropped_answers)}")
     pairs, questions = len(export.pairs), len(topics)
     print(f"{args.out}: {pairs} pairs of {questions} questions; dropped: {card.listed(export.dropped_pairs)}")

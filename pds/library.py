@@ -48,3 +48,14 @@ def load(kind: str, folder: Path, dtype: torch.dtype, device: str):
     if lacking:
         raise SystemExit(f"{folder}: no weights for {', '.join(lacking[:10])}; none is left random")
     return model.to(device).eval()
+
+
+def read_beside(kind: type, folder: Path):
+    """What lies beside the weights, by AutoProcessor or AutoTokenizer. SystemExit if it cannot be read."""
+    try:
+        return kind.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise SystemExit(
+            f"{folder}: no {kind.__name__.removeprefix('Auto').lower()} that can be read ({reason})"
+        ) from None

@@ -17,6 +17,7 @@ Deviations from the paper and its release
 
 import argparse
 import math
+import re
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,12 +27,20 @@ from PIL import Image
 
 import pictures
 from external import files
-from external.flags import whole
+from external.flags import number, whole
 from pds import clip_score, imagereward, runner
 from pds.runner import Row
 
 NEEDED = {"prompt_id": str, "topic": str, "caption": str, "guidance": int | float, "image": str}
 ROW_BYTES = 150 << 20  # of a picture in both towers, and of its pixels before they are made small
+
+
+def check_scores(file: Path, rows: list[Row]) -> None:
+    """SystemExit where `scores`, of an earlier run with other scorers, are no scores by names that may name files."""
+    for row in rows:
+        scores = row.get("scores") or {}
+        if not isinstance(scores, dict) or not all(re.fullmatch(r"[\w.-]+", name) for name in scores):
+            raise SystemExit(f"{file}: id {row['id']}: `scores` is {row['scores']!r:.40}, wanted {{scorer: number}}")
 
 
 # ---- choosing (equation 7) -----------------------------------------------------------------------------------------
@@ -190,7 +199,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     p.add_argument("--vision-heads", type=whole(1), help="of ImageReward and BLIP, where a head is not 64 wide")
     p.add_argument("--image-root", type=Path, help="folder the image paths start from (default: IN's)")
     p.add_argument("--best", type=Path, metavar="FILE", help="a row per prompt, with its best picture")
-    p.add_argument("--min-score", type=float, help="drop prompts whose best picture scores less")
+    p.add_argument("--min-score", type=number(-math.inf), help="drop prompts whose best picture scores less")
     p.add_argument("--drop-lowest", type=float, default=0.0, metavar="PERCENT", help="drop the worst best pictures")
     args = p.parse_args(argv)
     runner.check_flags(p, args)
@@ -204,12 +213,17 @@ def parse_args(argv=None) -> argparse.Namespace:
         p.error("--drop-lowest is a percentage below 100")
     if args.best is None and (args.min_score is not None or args.drop_lowest):
         p.error("--min-score and --drop-lowest choose what --best holds; give --best FILE")
+    if args.best:
+        if args.best.suffix != ".jsonl":
+            p.error(f"--best {args.best}: the name of a .jsonl file")
+        files.check_writable(args.best, [args.input, args.out])
     return args
 
 
 def main(argv=None) -> None:
     args = parse_args(argv)
     inputs = runner.read_inputs(args.input, NEEDED)
+    check_scores(args.input, inputs)
     found, described = find_scorers(args)
     settings = {
         "stage": "rank_images",

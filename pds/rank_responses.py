@@ -68,7 +68,7 @@ def load_classifier(folder: Path, dtype: torch.dtype, device: str) -> Classifier
     model = library.load("sequence classifier", folder, dtype, device)
     if model.config.num_labels != 1:
         raise SystemExit(f"{folder}: {model.config.num_labels} outputs; a reward model has one")
-    return Classifier(model, runner.optional("transformers").AutoTokenizer.from_pretrained(folder))
+    return Classifier(model, library.read_beside(runner.optional("transformers").AutoTokenizer, folder))
 
 
 # ---- the stage -----------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from PIL import Image
 
 import generate
 import pictures
-from bases import checkpoint, tensors
+from bases import adapter, checkpoint, tensors
 from external import files
 from external.endpoint import reply_text
 from external.flags import whole
@@ -67,7 +67,10 @@ def parse_responder(text: str, defaults: list[str]) -> Responder:
             f"--responder {text}: give NAME=SPEC, such as llava=base:llava-1.5-7b or q=http://host/v1#model"
         )
     where, _, query = spec.partition("?")
-    own = dict(parse_qsl(query, keep_blank_values=True))
+    options = parse_qsl(query, keep_blank_values=True)
+    own = dict(options)
+    if len(own) < len(options):
+        raise SystemExit(f"--responder {text}: an option is there twice")
     if unknown := [option for option in own if option not in OPTIONS]:
         raise SystemExit(f"--responder {text}: no option {unknown[0]}; known: {', '.join(OPTIONS)}")
     kind, model = "transformers", where
@@ -123,7 +126,7 @@ def prepare_base(responder: Responder) -> dict:
     folder = checkpoint.resolve(args.base, args.weights)
     weights, _ = tensors.shard_files(folder)
     if args.adapter:
-        weights = [*weights, *args.adapter.glob("*.safetensors")]
+        weights = [*weights, *adapter.adapter_files(args.adapter)]
     return runner.describe_model(responder.model, folder, weights)
 
 
@@ -137,7 +140,7 @@ class Library:
         transformers = runner.optional("transformers")
         self.args = responder.args
         self.model = library.load("vision-language model", folder, getattr(torch, self.args.dtype), self.args.device)
-        self.processor = transformers.AutoProcessor.from_pretrained(folder)
+        self.processor = library.read_beside(transformers.AutoProcessor, folder)
         if not self.processor.chat_template:
             raise SystemExit(f"{folder}: no chat template; without it the model is asked in a form it never learned")
         self.processor.tokenizer.padding_side = "left"  # a new token must follow the last one of its prompt
@@ -259,7 +262,9 @@ class Answering:
 
 
 def expand(questions: list[Row], names: list[str]) -> list[Row]:
-    """A row per question and responder."""
+    """A row per question and responder. SystemExit if the questions are answers already."""
+    if any("responder" in row for row in questions):
+        raise SystemExit("the rows of IN have a `responder`: they are answers already; give the questions of pds.ask")
     return [row | {"responder": name} for row in questions for name in names]
 
 

@@ -22,6 +22,7 @@ import fcntl
 import hashlib
 import importlib
 import json
+import math
 import os
 import sys
 from collections import Counter
@@ -74,8 +75,10 @@ def row_problem(row: Row, needed: dict[str, type]) -> str | None:
     for name, kind in needed.items():
         if name not in row:
             return f"id {row['id']} has no `{name}`"
-        if not isinstance(row[name], kind) or isinstance(row[name], bool):
-            return f"id {row['id']}: `{name}` is {json.dumps(row[name])[:40]}, which is of the wrong kind"
+        value = row[name]
+        odd = isinstance(value, bool) or isinstance(value, float) and not math.isfinite(value)
+        if odd or not isinstance(value, kind):
+            return f"id {row['id']}: `{name}` is {json.dumps(value)[:40]}, which is of the wrong kind"
     return None
 
 
@@ -152,6 +155,8 @@ def read_done(out: Path, inputs: dict[Key, Row], added: set[str]) -> dict[Key, R
     for number, line in enumerate(out.read_bytes().split(b"\n")[:-1], 1):
         where = f"{out}:{number}"
         row = files.parse_json(line, where)
+        if not isinstance(row, dict) or row_problem(row, {}) or added and not added & row.keys():
+            raise SystemExit(f"{where}: not a row of this stage; was it edited? Delete the line, and it is done again.")
         key = row_key(row)
         source = inputs.get(key)
         if source is None:
@@ -333,7 +338,7 @@ def check_flags(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         p.error(f"--shard-index runs from 0 to --shard-count - 1, which is {args.shard_count - 1}")
     if args.out.suffix != ".jsonl":
         p.error(f"--out {args.out}: the name of a .jsonl file")
-    files.check_writable(args.out)
+    files.check_writable(args.out, [args.input] if "input" in args else [])
 
 
 def optional(module: str) -> ModuleType:

@@ -163,7 +163,7 @@ def json_over_reviews(bench: Bench) -> Outcome:
     with serve(answer=rating) as server:
         used(judge(bench, server.url))
         before = (bench.folder / "reviews.json").read_text()
-        ended = refused(judge(bench, server.url, "--json", bench.folder / "reviews.json"), "--json")
+        ended = refused(judge(bench, server.url, "--json", bench.folder / "reviews.json"), "is read by")
     return ended if (bench.folder / "reviews.json").read_text() == before else Outcome("BUG", "overwritten")
 
 

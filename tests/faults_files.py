@@ -193,7 +193,7 @@ def odd_answers(bench: Bench) -> Outcome:
 @fault("130", SCORERS, "--json that would overwrite the answers, or cannot be written")
 def json_over_answers(bench: Bench) -> Outcome:
     file = bench.write("said.jsonl", lines(SAID))
-    over = refused(score(bench, lines(SAID), "--json", file), "--json")
+    over = refused(score(bench, lines(SAID), "--json", file), "is read by")
     if file.read_text() != lines(SAID):
         over = Outcome("BUG", "the answers are overwritten")
     return worst(

@@ -5,7 +5,7 @@ Only what happens before a model is loaded, and the stages that need none.
 
 from pathlib import Path
 
-from pds import analyse, export, images, prompts, rank_images, rank_responses, responses
+from pds import analyse, ask, export, images, prompts, rank_images, rank_responses, responses, tiny
 from tests.faults_bench import Bench, Outcome, call, fault, holds, refused, used, worst
 
 SECTION = "PDS-DPO's stages"
@@ -179,4 +179,114 @@ def odd_analysis(bench: Bench) -> Outcome:
         "--sheet": refused(call(analyse.main, good, "--sheet", "/proc/none/x.png"), "x.png"),
         "--sheet of answers": refused(call(analyse.main, answers(bench), "--sheet", bench.folder / "s.png"), "--sheet"),
     }
+    return worst(outcomes)
+
+
+CANDIDATE = {"prompt_id": "a", "topic": "t", "caption": "a cat", "guidance": 5.0, "image": "1.png"}
+CANDIDATES = [{"id": "a/g5"} | CANDIDATE, {"id": "a/g7"} | CANDIDATE | {"guidance": 7.0}]
+
+
+def unharmed(file: Path, before: bytes, outcome: Outcome) -> Outcome:
+    """The outcome, or that the file is not what it was."""
+    return outcome if file.read_bytes() == before else Outcome("BUG", f"{file.name} is overwritten")
+
+
+@fault("P7", SECTION, "--best and --json that are IN or OUT, --sheet of another kind, a scorer called ../x, NaN")
+def outputs_over_inputs(bench: Bench) -> Outcome:
+    folder = bench.folder / "judge"
+    tiny.write_imagereward(folder)
+    rows, out = write(bench, CANDIDATES), bench.folder / "s.jsonl"
+
+    def rank(*more, file: Path = rows):
+        return call(rank_images.main, file, "--out", out, "--imagereward", folder, *more)
+
+    outcomes = {"right": used(rank())}
+    for name, file in (("--best IN", rows), ("--best OUT", out)):
+        before = file.read_bytes()
+        outcomes[name] = unharmed(file, before, refused(rank("--best", file), file.name))
+    outcomes["--best .txt"] = refused(rank("--best", out.with_suffix(".txt")), "--best")
+    outcomes["--best nowhere"] = refused(rank("--best", "/proc/none/b.jsonl"), "b.jsonl")
+    outcomes["--min-score nan"] = refused(rank("--best", out.with_stem("b"), "--min-score", "nan"), "--min-score")
+    for name, changes in (
+        ("a list", {"scores": [1]}),
+        ("../", {"scores": {"/../../x": 1}}),
+        ("NaN", {"guidance": float("nan")}),
+    ):
+        odd = write(bench, [CANDIDATES[0] | changes], "odd.jsonl")
+        outcomes[name] = refused(rank("--out", bench.folder / "odd.jsonl", file=odd), "odd.jsonl")
+    before = out.read_bytes()
+    outcomes["--json IN"] = unharmed(out, before, refused(call(analyse.main, out, "--json", out), "s.jsonl"))
+    outcomes["--sheet .xyz"] = refused(call(analyse.main, out, "--sheet", bench.folder / "s.xyz"), "--sheet")
+    outcomes["two files of a kind"] = refused(call(analyse.main, out, out), "cat")
+    for line in ('{"x": 1}\n', "[1]\n", '{"id": "a/g5"}\n'):
+        out.write_text(line)
+        outcomes[f"OUT edited: {line}"] = refused(rank(), "s.jsonl:1")
+    return worst(outcomes)
+
+
+@fault("P8", SECTION, "analyse and export: rows that lack a key, two questions under one id, a question that failed")
+def lacking_keys(bench: Bench) -> Outcome:
+    scored = [row | {"scores": {"clip": 0.1}} for row in CANDIDATES]
+    outcomes = {}
+    for name, odd in (("guidance", {"guidance": "x"}), ("topic", {"topic": None})):
+        outcomes[name] = refused(call(analyse.main, write(bench, [scored[0], scored[1] | odd])), "in.jsonl", name)
+    for name, odd in (("prompt", {"prompt": 3}), ("responder", {"responder": None})):
+        outcomes[name] = refused(call(analyse.main, write(bench, [ANSWERS[0], ANSWERS[1] | odd])), "in.jsonl", name)
+    failed_question = [{"id": "b", "error": "no reply", "responder": name} for name in "xy"]
+    outcomes["failed question"] = used(call(analyse.main, write(bench, [*ANSWERS, *failed_question])))
+    for main, flags in ((analyse.main, ()), (export.main, ("--out", bench.out))):
+        for name, odd in (("prompt", {"prompt": "Where?"}), ("image", {"image": "2.png"})):
+            outcomes[f"{main.__module__}: another {name}"] = refused(call(main, answers(bench, **odd), *flags), "id a")
+    return worst(outcomes)
+
+
+@fault(
+    "P9", SECTION, "export into a folder with a README.md of something else, over an older set; settings that are none"
+)
+def odd_exports(bench: Bench) -> Outcome:
+    own = bench.folder / "own"
+    own.mkdir()
+    (own / "README.md").write_text("my thesis")
+    outcomes = {"README": refused(call(export.main, answers(bench), "--out", own), "README.md")}
+    outcomes["kept"] = holds((own / "README.md").read_text() == "my thesis", "kept", "README.md is overwritten")
+    outcomes["--sizes"] = refused(
+        call(export.main, answers(bench), "--out", bench.out, "--sizes", 5), "5", left=bench.out
+    )
+    outcomes["with a subset"] = used(call(export.main, answers(bench), "--out", bench.out, "--sizes", 1))
+    outcomes["without"] = used(call(export.main, answers(bench, answer="It is something else."), "--out", bench.out))
+    stale = (bench.out / "pairs-1.jsonl").exists()
+    outcomes["the old subset"] = holds(not stale, "gone", "pairs-1.jsonl is of the older set")
+    beside = bench.write("in.settings.json", '{"in": 3}')
+    outcomes["settings of a number"] = used(call(export.main, answers(bench), "--out", bench.folder / "o2"))
+    beside.write_text("{")
+    broken = call(export.main, answers(bench), "--out", bench.folder / "o3")
+    outcomes["settings cut"] = refused(broken, "in.settings.json", left=bench.folder / "o3")
+    return worst(outcomes)
+
+
+@fault(
+    "P10",
+    SECTION,
+    "the questions edited before the same command; two for one id; answers as questions; an option twice",
+)
+def odd_questions(bench: Bench) -> Outcome:
+    best = write(bench, [{"id": "a", "topic": "t", "caption": "a cat", "image": "1.png"}], "best.jsonl")
+    out = ("--out", bench.folder / "q.jsonl")
+
+    def asked(*texts: str):
+        rows = [{"id": "a", "prompt": text, "responder": str(i)} for i, text in enumerate(texts)]
+        return call(ask.main, best, *out, "--questions", write(bench, rows, "mine.jsonl"))
+
+    outcomes = {"two": refused(asked("What?", "Where?"), "mine.jsonl", "two questions")}
+    outcomes["right"] = used(asked("What?"))
+    outcomes["edited"] = refused(asked("Where?"), "other settings")
+
+    def respond(rows: list[dict], spec: str):
+        return call(responses.main, write(bench, rows), "--out", bench.folder / "r.jsonl", "--responder", spec)
+
+    question = {"id": "a", "image": "1.png", "prompt": "What is it?"}
+    base = f"x=base:{bench.base}?max-new-tokens=4"
+    outcomes["answers"] = refused(respond([question | {"responder": "z"}], base), "answers already")
+    outcomes["option twice"] = refused(respond([question], f"{base}&max-new-tokens=5"), "twice")
+    outcomes["no processor"] = refused(respond([question], f"x={bench.base}"), "no processor")
     return worst(outcomes)

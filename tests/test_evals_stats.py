@@ -113,12 +113,3 @@ def test_a_result_says_when_most_answers_were_cut_off(cut, warned):
     result = stats.header("s 1", "p", [], rows)
     assert ([f"{10 * cut} % of the answers were cut off" in w for w in result["warnings"]] == [True]) is warned
     assert result["not_comparable"] == result["warnings"]
-
-
-def test_a_result_never_replaces_a_file_that_was_read(tmp_path, capsys):
-    parser = stats.scorer_flags("a scorer", "--answers", "answers", "files")
-    (tmp_path / "r.json").write_text("[]")
-    with pytest.raises(SystemExit) as e:
-        stats.refuse_overwriting(parser, str(tmp_path / "x" / ".." / "r.json"), [None, str(tmp_path / "r.json")])
-    assert e.value.code == 2 and "is read by this command" in capsys.readouterr().err
-    stats.refuse_overwriting(parser, str(tmp_path / "other.json"), [str(tmp_path / "r.json")])

@@ -77,6 +77,14 @@ def test_rows_are_read_back_as_written(tmp_path):
     assert [row["text"] for row in files.read_rows(tmp_path / "a.jsonl")] == ["a\u2028b", ""]
 
 
+def test_a_file_that_the_command_reads_is_no_place_for_its_result(tmp_path):
+    (tmp_path / "r.json").write_text("[]")
+    with pytest.raises(SystemExit, match="r.json: is read by this command"):
+        files.check_writable(tmp_path / "x" / ".." / "r.json", [None, str(tmp_path / "r.json")])
+    files.check_writable(tmp_path / "other.json", [tmp_path / "r.json"])
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["r.json"]
+
+
 def test_who_has_the_old_file_open_keeps_it(tmp_path):
     """The new file takes the old one's name; it is not written into it."""
     files.write_text(tmp_path / "a", "old and long")
