@@ -13,6 +13,7 @@ Deviations from the papers
 1. The papers write the anchor for (m_w, q, y_w) only and describe the others in words (mDPO 3.2, Table 4). Here an
    anchor on (m_w, q, y_l) or (m_l, q, y_w) is -log sigma(delta - r), "keep the reward below delta", same delta.
 2. The released mDPO code has no delta; the paper's default is 0, which is the same thing.
+3. The paper's r has a term Z(q) (mDPO 2.1). It cancels in L_DPO and L_CoPO, and L_AncPO is written without it.
 
 Worked example, beta 0.1, delta 0
                  chosen  rejected  image_rejected

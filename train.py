@@ -64,7 +64,7 @@ MDPO = dict(
     clip=1.0,  # mDPO release, config.yaml
 )
 PDS_DPO = dict(
-    terms=("dpo",),  # PDS-DPO 3.4
+    terms=("dpo",),  # PDS-DPO 3.1, equation 4
     epochs=2,  # PDS-DPO 4.1
     batch=8,  # PDS-DPO 4.1: 1 x 4 accumulated x 2 GPUs
     lora_r=128,  # PDS-DPO release, as the rest
@@ -123,7 +123,7 @@ def train(args: argparse.Namespace) -> Path:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        # 4. log, and save where an epoch ends
+        # 4. log, and save where it is time
         run.log(step, lr, grad_norm)
     return run.finish()
 

@@ -1,4 +1,7 @@
-"""The model card of a run: README.md with the hub's metadata, so that `hf upload NAME RUN` is all it takes."""
+"""The model card of a run: README.md with the hub's metadata.
+
+All it takes then is `hf upload NAME RUN --exclude "checkpoint-*/*"`.
+"""
 
 CARD = """---
 base_model: {base}

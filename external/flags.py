@@ -54,10 +54,14 @@ def refuse_foreign(parser: argparse.ArgumentParser, argv: list[str] | None) -> N
 
 
 class HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter):
-    """--help with the default of each flag that has one."""
+    """--help with the default of each flag that has one, written as the flag takes it."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
+        if action.default is None:
+            return action.help
+        if isinstance(action.default, tuple):
+            return f"{action.help} (default: {','.join(action.default)})"
+        return super()._get_help_string(action)
 
 
 def whole(low: int, high: float = math.inf) -> Callable[[str], int]:

@@ -22,6 +22,7 @@ from torch import Tensor
 import losses
 import train
 from bases.adapter import load_adapter
+from bases.checkpoint import source_of
 from data import Example, PairData, Tokens, collate
 from engine.device import autocast_for, choose_device
 from external import files
@@ -180,6 +181,7 @@ def open_pairs(args: argparse.Namespace) -> Opened:
     if data.strategy is None and data.with_image:
         data.strategy = "crop"
     if args.adapter:
+        model.source = source_of(settings.base)  # as the run's adapter names its base
         load_adapter(model, args.adapter)
     else:
         add_lora(model, r=1, alpha=1.0)  # zero, as at the start of every run: the policy is the reference

@@ -90,3 +90,13 @@ def test_what_they_are_called_here_exists_and_is_on_the_page(capsys):
         assert any(name in "".join(row[1:3]) and named <= set(re.findall(r"--[\w-]+", row[3])) for row in rows), foreign
     on_the_page = {flag for row in rows for flag in re.findall(r"--[\w-]+", row[3])}
     assert on_the_page <= ours
+
+
+def test_every_flag_of_train_is_on_the_page_and_defaults_are_written_as_they_are_taken(capsys):
+    with pytest.raises(SystemExit):
+        train.parse_args(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    ours = {flag.replace("--no-", "--") for flag in re.findall(r"--[a-z][\w-]+", said)} - {"--help"}
+    on_the_page = {flag.replace("--no-", "--") for flag in re.findall(r"--[a-z][\w-]+", PAGE)}
+    assert ours - on_the_page == set()
+    assert "which of dpo,copo,ancpo (default: dpo,copo,ancpo)" in said

@@ -61,6 +61,19 @@ def test_before_training_every_term_is_ln_2(tiny_base, pairs_file):
     assert [triple.reward for triple in numbers.triples] == [0, 0, 0]
 
 
+def test_a_base_by_name_is_the_one_its_adapter_names(tiny_base, pairs_file, tmp_path, monkeypatch, capsys):
+    """The adapter says llava-hf/llava-1.5-7b-hf, the folder is called otherwise: no note of another base."""
+    (tmp_path / "llava-1.5-7b").symlink_to(tiny_base)
+    monkeypatch.setenv("NANOMDPO_WEIGHTS", str(tmp_path))
+    own = ["--base", "llava-1.5-7b", "--data", str(pairs_file)]
+    out = tmp_path / "run"
+    train.main([*own, "--out", str(out), "--workers", "0", "--max-steps", "1", "--lora-r", "2"])
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "llava-hf/llava-1.5-7b-hf"
+    opened("--adapter", out, "--row", 1)
+    assert "an adapter of" not in capsys.readouterr().out
+
+
 def test_terms_of_the_worked_example_with_every_anchor():
     """Rewards 0.2, -0.1, 0.1 as in losses.py, delta 0.05; -log sigma(x) = log(1 + e^-x)."""
     r = Rewards(torch.tensor([0.2]), torch.tensor([-0.1]), torch.tensor([0.1]))
