@@ -1,6 +1,5 @@
 """The memory plan against a fake allocator, and runs that run out of memory against undisturbed ones."""
 
-import gc
 import math
 import weakref
 
@@ -78,20 +77,21 @@ def test_a_trial_step_stands_beside_gradients_and_adamw(monkeypatch):
                             empty_cache=None, reset_peak_memory_stats=None).items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     parameters = [torch.nn.Parameter(torch.zeros(1000, 7)), torch.nn.Parameter(torch.zeros(3))]
+    zeros_like, made = torch.zeros_like, []
 
-    def tensors_of(p) -> int:
-        gc.collect()
-        return sum(type(x) in (torch.Tensor, torch.nn.Parameter) and x.shape == p.shape for x in gc.get_objects())
+    def noted(p):
+        made.append(weakref.ref(zeros := zeros_like(p)))
+        return zeros
 
-    before = tensors_of(parameters[0])
+    monkeypatch.setattr(torch, "zeros_like", noted)
     beside = []
 
     def step():
-        assert all(p.grad is not None for p in parameters)
-        beside.append(tensors_of(parameters[0]) - before)
+        beside.extend(tuple(ref().shape) for ref in made if ref() is not None)
 
     assert memory.trial_step(parameters, step) == (10, pytest.approx(0.92 * 20))  # 16 free + 4 held
-    assert beside[0] >= 2 and all(p.grad is None for p in parameters)  # both moments
+    assert sorted(beside) == [(3,)] * 3 + [(1000, 7)] * 3  # the gradient and both moments
+    assert all(ref() is None for ref in made) and all(p.grad is None for p in parameters)
 
     def fail():
         raise torch.OutOfMemoryError("injected")
