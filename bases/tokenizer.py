@@ -18,9 +18,9 @@ PHI = {198: "Ċ", 262: "Ġthe", 383: "ĠThe", 464: "The"}
 KNOWN_PIECES = {32000: LLAMA, 32064: LLAMA, 50295: PHI}
 
 
-def load_processor(folder: Path, config: Config | bunny.Config, template: Template | None = None) -> Processor:
-    """The Processor of a checkpoint folder; `template`: another than its architecture's."""
-    template = template or architecture_of(config).template
+def load_processor(folder: Path, config: Config | bunny.Config) -> Processor:
+    """The Processor of a checkpoint folder, with its architecture's template."""
+    template = architecture_of(config).template
     tokenizer = load_tokenizer(folder)
     wrong = misfit(tokenizer, config, template)
     if wrong:

@@ -24,12 +24,12 @@ def piece(text: str, score: float, kind: int = 1) -> tuple:
     return 1, 2, message((1, 2, text.encode()), (2, 5, struct.pack("<f", score)), (3, 0, kind))
 
 
-def write_pieces(file: Path, extra=()) -> Path:
+def write_pieces(file: Path, extra=(), dummy_prefix: int = 1) -> Path:
     """<unk> <s> </s>, 256 bytes (ids 3-258), then 259 and on: pieces with scores."""
     rows = [piece("<unk>", 0, 2), piece("<s>", 0, 3), piece("</s>", 0, 3)]
     rows += [piece(f"<0x{b:02X}>", 0, 6) for b in range(256)]
     rows += [piece(p, s) for p, s in extra]
-    file.write_bytes(message(*rows, (2, 2, message((3, 0, 2))), (3, 2, message((3, 0, 1)))))
+    file.write_bytes(message(*rows, (2, 2, message((3, 0, 2))), (3, 2, message((3, 0, dummy_prefix)))))
     return file
 
 
@@ -48,6 +48,15 @@ def test_sentencepiece_by_hand(tmp_path):
         assert tokenizer.decode(ids) == sentence
     assert 2 not in tokenizer.encode("a</s>", add_special_tokens=False).ids  # text, not the end of the sequence
     assert [tokenizer.token_to_id(t) for t in ("<unk>", "<s>", "</s>")] == [0, 1, 2]
+
+
+def test_without_add_dummy_prefix_no_blank_is_put_before_a_text(tmp_path):
+    """259 ▁, 260 a, 261 ▁a (score -1): "a" stays a, and the blank of " a" is its own."""
+    file = write_pieces(tmp_path / "tokenizer.model", [("▁", -9), ("a", -9), ("▁a", -1)], dummy_prefix=0)
+    tokenizer = read_sentencepiece(file)
+    for sentence, ids in {"a": [260], " a": [261], "a a": [260, 261]}.items():
+        assert tokenizer.encode(sentence, add_special_tokens=False).ids == ids
+        assert tokenizer.decode(ids) == sentence
 
 
 def test_sentencepiece_that_is_none(tmp_path):

@@ -119,11 +119,12 @@ def test_gradients_reach_the_adapter_alone(ours):
 
 
 def test_merge_adds_in_float32():
-    """bf16 keeps 8 bits: 1 + 2^-9 is 1 there; two updates' worth, 2^-8 + 2^-9 added at once, rounds to 1 + 2^-7."""
+    """bf16 keeps 8 bits. The update 2^-8 + 2^-17, rounded alone, is 2^-8: a tie, and 1 would stay 1. In float32 the sum
+    lies above the tie and rounds to 1 + 2^-7."""
     model = torch.nn.Module()
     model.proj = LoRALinear(torch.nn.Linear(1, 1, bias=False, dtype=torch.bfloat16), 1, 1.0, torch.Generator())
     model.proj.base.weight.data.fill_(1.0)
     model.proj.lora_A.data.fill_(1.0)
-    model.proj.lora_B.data.fill_(2**-8 + 2**-9)
+    model.proj.lora_B.data.fill_(2**-8 + 2**-17)
     merge_lora(model)
     assert model.proj.weight.item() == 1 + 2**-7 and model.proj.weight.dtype == torch.bfloat16

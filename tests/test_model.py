@@ -1,6 +1,7 @@
 """model.py against transformers' LLaVA and open_clip's ViT, at random tiny sizes; the real sizes by their counts."""
 
 import json
+from collections import Counter
 
 import open_clip
 import pytest
@@ -10,7 +11,7 @@ from tiny_models import IMAGE_ID, PATCHES, batch, llava, write_hub, write_librar
 
 import losses
 from bases.checkpoint import load_model
-from model import BASES, LLaVA, VisionConfig, VisionTower, causal
+from model import BASES, LLaVA, VisionConfig, VisionTower, causal, quick_gelu
 
 
 @pytest.fixture(scope="module", params=[4, 2], ids=["4 key heads", "2 key heads"])
@@ -146,6 +147,12 @@ def test_the_tower_runs_outside_autocast(pair):
             assert torch.equal(ours.image_features(images), plain)
 
 
+def test_quick_gelu_by_hand():
+    """1 / (1 + e^-1.702) and -2 / (1 + e^3.404)."""
+    found = quick_gelu(torch.tensor([1.0, -2.0], dtype=torch.float64))
+    torch.testing.assert_close(found, torch.tensor([0.845795766, -0.064341377], dtype=torch.float64), atol=1e-8, rtol=0)
+
+
 def test_without_a_picture_the_tower_does_not_run(pair):
     theirs, ours = pair
     ids = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(4))
@@ -156,17 +163,28 @@ def test_without_a_picture_the_tower_does_not_run(pair):
 
 
 def test_recomputing_activations_gives_the_same_gradients(pair):
+    """The first layers run twice, forward and backward, the others once."""
     _, ours = pair
     ids, images, _ = batch()
     grads = []
-    for layers in (0, 3):
+    ran = Counter()
+    hooks = [
+        layer.register_forward_pre_hook(lambda *_, i=i: ran.update([i]))
+        for i, layer in enumerate(ours.language_model.layers)
+    ]
+    for layers in (0, 1, 3):
         ours.language_model.checkpointed = layers
+        ran.clear()
         features = ours.image_features(images).detach().requires_grad_()
         x = ours.embed(ids, features)
         ours.language_model(x, torch.arange(30)[None], causal).square().mean().backward()
         grads.append(features.grad)
+        assert [ran[i] for i in range(len(hooks))] == [2 if i < layers else 1 for i in range(len(hooks))]
     ours.language_model.checkpointed = 0
-    torch.testing.assert_close(grads[0], grads[1], atol=0, rtol=0)
+    for hook in hooks:
+        hook.remove()
+    for grad in grads[1:]:
+        torch.testing.assert_close(grads[0], grad, atol=0, rtol=0)
 
 
 def test_placeholders_and_features_must_match(pair):
