@@ -11,7 +11,7 @@ pds-demo: .venv/pds
 	$(BIN)/python -m lab.pds_demo
 
 test: .venv/dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2
 
 test-slow: .venv/dev
 	$(BIN)/python -m pytest -m slow
