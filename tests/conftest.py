@@ -70,10 +70,15 @@ def hub_tensors(s: dict, vocab: int) -> dict[str, torch.Tensor]:
     kv = s["width"] // s["heads"] * s["kv_heads"]
     for i in range(s["layers"]):
         p = f"language_model.model.layers.{i}."
-        shapes = {"self_attn.q_proj": (s["width"], s["width"]), "self_attn.k_proj": (kv, s["width"]),
-                  "self_attn.v_proj": (kv, s["width"]), "self_attn.o_proj": (s["width"], s["width"]),
-                  "mlp.gate_proj": (s["ffn"], s["width"]), "mlp.up_proj": (s["ffn"], s["width"]),
-                  "mlp.down_proj": (s["width"], s["ffn"])}  # fmt: skip
+        shapes = {
+            "self_attn.q_proj": (s["width"], s["width"]),
+            "self_attn.k_proj": (kv, s["width"]),
+            "self_attn.v_proj": (kv, s["width"]),
+            "self_attn.o_proj": (s["width"], s["width"]),
+            "mlp.gate_proj": (s["ffn"], s["width"]),
+            "mlp.up_proj": (s["ffn"], s["width"]),
+            "mlp.down_proj": (s["width"], s["ffn"]),
+        }
         w |= {f"{p}{n}.weight": t(*shape, scale=1.5) for n, shape in shapes.items()}
         w |= {f"{p}{n}.weight": 1 + t(s["width"]) for n in ("input_layernorm", "post_attention_layernorm")}
     return w
@@ -91,12 +96,31 @@ def write_base(folder: Path) -> Path:
     tokenizer.save(str(folder / "tokenizer.json"))
     image_id, vocab = tokenizer.token_to_id("<image>"), 384
     assert image_id < vocab, image_id
-    text = dict(vocab_size=vocab, hidden_size=s["width"], num_hidden_layers=s["layers"], num_attention_heads=s["heads"],
-                num_key_value_heads=s["kv_heads"], intermediate_size=s["ffn"], rms_norm_eps=1e-5)  # fmt: skip
-    vision = dict(hidden_size=s["v_width"], num_hidden_layers=s["v_layers"], num_attention_heads=2,
-                  intermediate_size=s["v_ffn"], image_size=s["image"], patch_size=s["patch"])  # fmt: skip
-    config = dict(model_type="llava", text_config=text, vision_config=vision, image_token_index=image_id,
-                  pad_token_id=tokenizer.token_to_id("<pad>"), vision_feature_layer=-2)  # fmt: skip
+    text = dict(
+        vocab_size=vocab,
+        hidden_size=s["width"],
+        num_hidden_layers=s["layers"],
+        num_attention_heads=s["heads"],
+        num_key_value_heads=s["kv_heads"],
+        intermediate_size=s["ffn"],
+        rms_norm_eps=1e-5,
+    )
+    vision = dict(
+        hidden_size=s["v_width"],
+        num_hidden_layers=s["v_layers"],
+        num_attention_heads=2,
+        intermediate_size=s["v_ffn"],
+        image_size=s["image"],
+        patch_size=s["patch"],
+    )
+    config = dict(
+        model_type="llava",
+        text_config=text,
+        vision_config=vision,
+        image_token_index=image_id,
+        pad_token_id=tokenizer.token_to_id("<pad>"),
+        vision_feature_layer=-2,
+    )
     (folder / "config.json").write_text(json.dumps(config))
     save_file(hub_tensors(s, vocab), folder / "model.safetensors")
     return folder

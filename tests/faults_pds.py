@@ -163,8 +163,18 @@ def odd_numbers(bench: Bench) -> Outcome:
 
 @fault("P6", SECTION, "analyse: rows without scores, all failed, NaN; --json and --sheet in a folder that is none")
 def odd_analysis(bench: Bench) -> Outcome:
-    rows = [{"id": f"a-g{g}", "prompt_id": "a", "topic": "t", "caption": "a cat", "guidance": g, "image": "1.png",
-             "scores": {"imagereward": 0.1 * g}} for g in (5.0, 7.0)]  # fmt: skip
+    rows = [
+        {
+            "id": f"a-g{g}",
+            "prompt_id": "a",
+            "topic": "t",
+            "caption": "a cat",
+            "guidance": g,
+            "image": "1.png",
+            "scores": {"imagereward": 0.1 * g},
+        }
+        for g in (5.0, 7.0)
+    ]
     good = write(bench, rows, "good.jsonl")
     odd = write(bench, [row | {"scores": {"imagereward": float("nan")}} for row in rows], "nan.jsonl")
     texts = write(bench, [row | {"scores": "high"} for row in rows], "texts.jsonl")

@@ -340,8 +340,13 @@ def folders(bench: Bench) -> Outcome:
     run = bench.out
     bench.train("--max-steps", 3)
     epoch = used(answer(bench, "--adapter", run / "epoch-1"))
-    return worst({"run": used(answer(bench, "--adapter", run)), "epoch": epoch, "base": refused(
-        answer(bench, "--adapter", bench.base), "adapter_config.json")})  # fmt: skip
+    return worst(
+        {
+            "run": used(answer(bench, "--adapter", run)),
+            "epoch": epoch,
+            "base": refused(answer(bench, "--adapter", bench.base), "adapter_config.json"),
+        }
+    )
 
 
 # ---- exports -------------------------------------------------------------------------------------------------------

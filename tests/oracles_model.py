@@ -166,10 +166,15 @@ def check_real_vocabulary(report: Report, file: Path) -> None:
         return tokenizer.encode(text, add_special_tokens=False).ids
 
     golden = {  # the real Llama vocabulary
-        "A chat between": [319, 13563, 1546], "ASSISTANT:": [319, 1799, 9047, 13566, 29901],
-        "Yes": [3869], "No": [1939], "The image": [450, 1967], " The image": [29871, 450, 1967],
-        "USER: ": [3148, 1001, 29901, 29871], "\nWhat is": [29871, 13, 5618, 338],
-    }  # fmt: skip
+        "A chat between": [319, 13563, 1546],
+        "ASSISTANT:": [319, 1799, 9047, 13566, 29901],
+        "Yes": [3869],
+        "No": [1939],
+        "The image": [450, 1967],
+        " The image": [29871, 450, 1967],
+        "USER: ": [3148, 1001, 29901, 29871],
+        "\nWhat is": [29871, 13, 5618, 338],
+    }
     for text, expected in golden.items():
         report.equal(f"real vocabulary: {text!r}", ids(text), expected)
 
@@ -182,8 +187,10 @@ def check_bunny(report: Report, root: Path, vision: Path | None) -> None:
     model, folder = load_base(str(root / "tiny-bunny"), vision=vision)
     facts = json.loads((root / "bunny_text.json").read_text())
     expected, texts = np.load(root / "expected_bunny.npz"), facts["pairs"]
-    processors = {"mdpo": Processor(load_tokenizer(folder), model.config, BUNNY_RELEASED),
-                  "template": Processor(load_tokenizer(folder), model.config, BUNNY)}  # fmt: skip
+    processors = {
+        "mdpo": Processor(load_tokenizer(folder), model.config, BUNNY_RELEASED),
+        "template": Processor(load_tokenizer(folder), model.config, BUNNY),
+    }
     x = prepared(root, [t["image"] for t in texts], processors["mdpo"].template.image)
     report.close(f"{label}: pixel_values", x, expected["pixel_values"], EXACT)
     report.close(f"{label}: vision features", model.vision_tower(x), expected["vision_features"], FEATURES)
@@ -216,8 +223,12 @@ def check_crop_draws(report: Report, root: Path) -> None:
     for key, box in json.loads((root / "official_bunny_check.json").read_text())["crop_draws"].items():
         seed, size = (int(part) for part in key.removeprefix("seed").split("_"))
         torch.manual_seed(seed)
-        draws = iter([torch.empty(1).uniform_(0.01, 0.2).item(),
-                      torch.empty(1).uniform_(math.log(3 / 4), math.log(4 / 3)).item()])  # fmt: skip
+        draws = iter(
+            [
+                torch.empty(1).uniform_(0.01, 0.2).item(),
+                torch.empty(1).uniform_(math.log(3 / 4), math.log(4 / 3)).item(),
+            ]
+        )
 
         class Replay:
             def uniform(self, low, high, draws=draws):
@@ -286,8 +297,10 @@ def check_run(report: Report, root: Path, objective: str) -> None:
     load_adapter(model, run / "adapter_init")
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, betas=tuple(s["betas"]), eps=s["eps"], weight_decay=s["weight_decay"])
-    sides = {n: (torch.tensor(main[f"{n}_input_ids"]), torch.tensor(main[f"{n}_labels"]) >= 0)
-             for n in ("chosen", "rejected")}  # fmt: skip
+    sides = {
+        n: (torch.tensor(main[f"{n}_input_ids"]), torch.tensor(main[f"{n}_labels"]) >= 0)
+        for n in ("chosen", "rejected")
+    }
     x = torch.tensor(main["pixel_values"])
 
     def score(rows, boxes):
@@ -307,8 +320,9 @@ def check_run(report: Report, root: Path, objective: str) -> None:
             total += float(loss.detach())
             for who, logps in (("policy", policy), ("reference", reference)):
                 theirs = list(facts_step["micro"][micro][who].values())  # chosen, rejected, cropped
-                report.close(f"{objective} step {step}.{micro}: {who} log-probs",
-                             torch.stack(logps).detach(), theirs, LOGPS)  # fmt: skip
+                report.close(
+                    f"{objective} step {step}.{micro}: {who} log-probs", torch.stack(logps).detach(), theirs, LOGPS
+                )
         if (step, objective) == (0, "mdpo"):
             check_gradients(report, model, dict(np.load(run / "grads_step0.npz")))
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, s["max_grad_norm"]))

@@ -155,13 +155,28 @@ def check_release(report: Report, root: Path) -> None:
         for guidance in (5.0, 7.0, 9.0, 11.0):
             row = {"id": f"{own['id']}/g{guidance:g}", "prompt_id": own["id"], "topic": own["topic"]}
             picked = {"scores": {"picked": float(guidance == own["picked_guidance"])}}
-            pictures.append(row | picked | {"caption": own["caption"], "guidance": guidance,
-                                          "image": f"candidates/{own['id']}-g{guidance:g}.jpg"})  # fmt: skip
+            pictures.append(
+                row
+                | picked
+                | {
+                    "caption": own["caption"],
+                    "guidance": guidance,
+                    "image": f"candidates/{own['id']}-g{guidance:g}.jpg",
+                }
+            )
         picture = f"candidates/{own['id']}-g{own['picked_guidance']:g}.jpg"
         for answer in own["answers"]:
-            answers.append({"id": own["id"], "image": picture, "prompt": f"<image> {own['question']}",
-                            "topic": own["topic"], "responder": answer["responder"],
-                            "answer": answer["as_stored"], "finish": "eos"})  # fmt: skip
+            answers.append(
+                {
+                    "id": own["id"],
+                    "image": picture,
+                    "prompt": f"<image> {own['question']}",
+                    "topic": own["topic"],
+                    "responder": answer["responder"],
+                    "answer": answer["as_stored"],
+                    "finish": "eos",
+                }
+            )
     shares = analyse.guidance_share(rank_images.by_prompt(pictures), "picked")
     report.equal(
         "release: Figure 4 of its picks", shares, {"art": {"n": 10, "5": 20.0, "7": 20.0, "9": 20.0, "11": 40.0}}
@@ -174,9 +189,20 @@ def check_release(report: Report, root: Path) -> None:
         files.write_rows(out / "images.jsonl", pictures)
         files.write_rows(out / "answers.jsonl", answers)
         heads = read(root / "imagereward" / "expected.json")["config"]["vision"]["heads"]
-        run(rank_images, out / "images.jsonl", "--out", out / "scores.jsonl", "--best", out / "best.jsonl",
-            "--imagereward", root / "imagereward", "--vision-heads", heads,
-            "--image-root", root / "release")  # fmt: skip
+        run(
+            rank_images,
+            out / "images.jsonl",
+            "--out",
+            out / "scores.jsonl",
+            "--best",
+            out / "best.jsonl",
+            "--imagereward",
+            root / "imagereward",
+            "--vision-heads",
+            heads,
+            "--image-root",
+            root / "release",
+        )
         report.equal("release: forty candidates ranked", len(files.read_rows(out / "scores.jsonl")), 40)
         report.equal("release: ten best pictures", len(files.read_rows(out / "best.jsonl")), 10)
         run(rank_responses, out / "answers.jsonl", "--out", out / "ranked.jsonl", "--armorm", root / "armorm")
@@ -196,8 +222,16 @@ def check_released_pairs(report: Report, file: Path) -> None:
     for pair in read(file):
         question = pair["conversations"][0]["value"]
         for side, score in (("conversations", 1.0), ("rejected_conversations", 0.0)):
-            answers.append({"id": pair["id"], "image": pair["image"], "prompt": question, "responder": side,
-                            "answer": pair[side][1]["value"], "score": score})  # fmt: skip
+            answers.append(
+                {
+                    "id": pair["id"],
+                    "image": pair["image"],
+                    "prompt": question,
+                    "responder": side,
+                    "answer": pair[side][1]["value"],
+                    "score": score,
+                }
+            )
     found = export.make_pairs(answers, candidates.Rules())
     report.equal("released pairs: seven stay", len(found.pairs), 7)
     gone = sorted({row["id"] for row in answers} - {pair["id"] for pair in found.pairs})

@@ -172,31 +172,34 @@ def cut(name):
     return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:200])
 
 
-@pytest.mark.parametrize("spoil, message", [
-    (drop_a_key, r"1 missing: language_model\.layers\.2\.mlp\.up_proj\.lora_A"),
-    (add_a_vision_key, r"1 unexpected: .*vision_tower\.encoder\.layers\.0\.self_attn\.q_proj\.lora_A"),
-    (lambda f: respell(f, "language_model", "text_model"), r"42 unexpected: base_model\.model\.model\.text_model"),
-    (edit_config(r=8), r"42 of wrong shape: .*\(4, 48\), expected \(8, 48\)"),
-    (edit_config(r=0), "r is 0, expected a whole number from 1"),
-    (edit_config(r=-1), "r is -1"),
-    (edit_config(r="64"), "r is '64'"),
-    (edit_config(r=10**12), "r is 1000000000000"),
-    (edit_config(r=None), "r is None"),
-    (edit_config(lora_alpha=None), "lora_alpha is None"),
-    (edit_config(lora_alpha="12"), "lora_alpha is '12', expected a number"),
-    (edit_config(lora_alpha=float("nan")), "lora_alpha is nan"),
-    (edit_config(lora_alpha=-12), "lora_alpha is -12"),
-    (edit_config(use_rslora="false"), "use_rslora is 'false', expected true or false"),
-    (lambda f: recast(f, lambda t: t.to(torch.int8)), r"42 of a type that no weights have: .*torch\.int8"),
-    (lambda f: recast(f, lambda t: t / 0), r"adapter_model\.safetensors: base_model\.\S+ holds numbers that are"),
-    (lambda f: respell(f, "q_proj", "dense"), r"6 unexpected: language_model\.layers\.0\.self_attn\.dense\.lora_A"),
-    (edit_config(use_dora=True), "use_dora"),
-    (edit_config(peft_type="IA3"), "found IA3"),
-    (edit_config(bias="all"), "bias all"),
-    (cut("adapter_model.safetensors"), "damaged"),
-    (cut("adapter_config.json"), r"adapter_config\.json: broken JSON"),
-    (lambda f: (f / "adapter_config.json").unlink(), r"adapter_config\.json: not there"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (drop_a_key, r"1 missing: language_model\.layers\.2\.mlp\.up_proj\.lora_A"),
+        (add_a_vision_key, r"1 unexpected: .*vision_tower\.encoder\.layers\.0\.self_attn\.q_proj\.lora_A"),
+        (lambda f: respell(f, "language_model", "text_model"), r"42 unexpected: base_model\.model\.model\.text_model"),
+        (edit_config(r=8), r"42 of wrong shape: .*\(4, 48\), expected \(8, 48\)"),
+        (edit_config(r=0), "r is 0, expected a whole number from 1"),
+        (edit_config(r=-1), "r is -1"),
+        (edit_config(r="64"), "r is '64'"),
+        (edit_config(r=10**12), "r is 1000000000000"),
+        (edit_config(r=None), "r is None"),
+        (edit_config(lora_alpha=None), "lora_alpha is None"),
+        (edit_config(lora_alpha="12"), "lora_alpha is '12', expected a number"),
+        (edit_config(lora_alpha=float("nan")), "lora_alpha is nan"),
+        (edit_config(lora_alpha=-12), "lora_alpha is -12"),
+        (edit_config(use_rslora="false"), "use_rslora is 'false', expected true or false"),
+        (lambda f: recast(f, lambda t: t.to(torch.int8)), r"42 of a type that no weights have: .*torch\.int8"),
+        (lambda f: recast(f, lambda t: t / 0), r"adapter_model\.safetensors: base_model\.\S+ holds numbers that are"),
+        (lambda f: respell(f, "q_proj", "dense"), r"6 unexpected: language_model\.layers\.0\.self_attn\.dense\.lora_A"),
+        (edit_config(use_dora=True), "use_dora"),
+        (edit_config(peft_type="IA3"), "found IA3"),
+        (edit_config(bias="all"), "bias all"),
+        (cut("adapter_model.safetensors"), "damaged"),
+        (cut("adapter_config.json"), r"adapter_config\.json: broken JSON"),
+        (lambda f: (f / "adapter_config.json").unlink(), r"adapter_config\.json: not there"),
+    ],
+)
 def test_what_does_not_fit_is_an_error(ours, tmp_path_factory, tmp_path, spoil, message):
     peft_adapter(tmp_path)
     spoil(tmp_path)

@@ -44,11 +44,14 @@ def test_logits_equal_phi(loaded):
         torch.testing.assert_close(ours(ids, pictures()), expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("change", [
-    {"rotary_factor": 0.6},  # 12 of 20 dimensions turn, not 8
-    {"rope_theta": 100.0},
-    {"kv_heads": 2},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rotary_factor": 0.6},  # 12 of 20 dimensions turn, not 8
+        {"rope_theta": 100.0},
+        {"kv_heads": 2},
+    ],
+)
 def test_settings_of_the_config_are_used(tmp_path, change):
     """Each changes Phi's logits, and ours with them."""
     phi, siglip = phi_and_siglip(**change)

@@ -79,13 +79,29 @@ def test_a_bin_file_of_old_torch(library, tmp_path):
 def test_the_real_sparse_config(tmp_path):
     """What the hub's 7B says; all else is the default of Llama-7B and CLIP ViT-L."""
     config = {
-        "model_type": "llava", "image_token_index": 32000, "pad_token_id": 32001, "projector_hidden_act": "gelu",
-        "text_config": {"model_type": "llama", "max_position_embeddings": 4096, "rms_norm_eps": 1e-05,
-                        "torch_dtype": "float16", "vocab_size": 32064},
-        "vision_config": {"hidden_size": 1024, "image_size": 336, "intermediate_size": 4096, "patch_size": 14,
-                          "model_type": "clip_vision_model", "num_attention_heads": 16, "num_hidden_layers": 24},
-        "vision_feature_layer": -2, "vision_feature_select_strategy": "default",
-    }  # fmt: skip
+        "model_type": "llava",
+        "image_token_index": 32000,
+        "pad_token_id": 32001,
+        "projector_hidden_act": "gelu",
+        "text_config": {
+            "model_type": "llama",
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-05,
+            "torch_dtype": "float16",
+            "vocab_size": 32064,
+        },
+        "vision_config": {
+            "hidden_size": 1024,
+            "image_size": 336,
+            "intermediate_size": 4096,
+            "patch_size": 14,
+            "model_type": "clip_vision_model",
+            "num_attention_heads": 16,
+            "num_hidden_layers": 24,
+        },
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert read_config(tmp_path) == Config()
 
@@ -154,8 +170,9 @@ def test_offline_and_not_cached(tmp_path):
     env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     env.pop("NANOMDPO_WEIGHTS", None)
     code = "from bases import checkpoint; checkpoint.load_base('llava-1.5-7b')"
-    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True,
-                         cwd=Path(__file__).parents[1])  # fmt: skip
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=Path(__file__).parents[1]
+    )
     assert run.returncode == 1 and "Traceback" not in run.stderr
     assert "llava-hf/llava-1.5-7b-hf (14.1 GB)" in run.stderr and "hf download" in run.stderr
 
@@ -189,49 +206,59 @@ def text(folder: Path, **change) -> None:
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2\nsize 4988000000\n"
 
 
-@pytest.mark.parametrize("spoil, message", [
-    (lambda f: truncate(f / SHARD), "00002-of-00003.safetensors: truncated or damaged"),
-    (lambda f: truncate(f / SHARD, 0), "00002-of-00003.safetensors: truncated or damaged"),
-    (lambda f: (f / SHARD).write_bytes(POINTER), "00002-of-00003.safetensors: truncated or damaged"),
-    (lambda f: (f / SHARD).unlink(), r"names 1 file\(s\) that are not there: model-00002-of-00003.safetensors"),
-    (lambda f: (f / "config.json").unlink(), r"no config\.json"),
-    (lambda f: truncate(f / "config.json"), r"config\.json: broken JSON"),
-    (lambda f: (f / "config.json").write_text("[1]"), r"config\.json: holds a list"),
-    (lambda f: (f / "model.safetensors.index.json").unlink(), "no weights"),
-    (lambda f: (f / "model.safetensors.index.json").write_text("{}"), r"index\.json: weight_map names no tensor"),
-    (lambda f: edit(f, drop="layers.1.mlp"), r"2 tensors of the index are in no file: language_model\.model"),
-    (lambda f: edit(f, add={"language_model.model.layers.7.extra": torch.ones(2)}),
-     r"1 unexpected: language_model\.model\.layers\.7\.extra"),
-    (lambda f: edit(f, reshape="pre_layrnorm.weight"),
-     r"1 of wrong shape: vision_tower\.pre_layrnorm\.weight \(15,\) instead of \(16,\)"),
-    (lambda f: edit(f, add={"multi_modal_projector.linear_1.bias": torch.ones(32)}), "twice"),
-    (lambda f: text(f, num_hidden_layers=4), r"9 missing: language_model\.layers\.3\."),
-    (lambda f: text(f, num_hidden_layers=2), r"9 unexpected: language_model\.model\.layers\.2\."),
-    (lambda f: text(f, hidden_act="gelu"), "not a LLaVA-1.5: hidden_act"),
-    (lambda f: text(f, rope_scaling={"type": "linear", "factor": 2.0}), "not a LLaVA-1.5: rope scaling"),
-    (lambda f: text(f, head_dim=16), "not a LLaVA-1.5: head_dim"),
-    (lambda f: configure(f, vision_feature_layer=[-2, -5]), "not a LLaVA-1.5: several feature layers"),
-    (lambda f: configure(f, vision_feature_select_strategy="full"), "not a LLaVA-1.5: feature select strategy"),
-    (lambda f: configure(f, model_type="qwen2_vl"), r"model_type 'qwen2_vl'; supported: llava"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda f: truncate(f / SHARD), "00002-of-00003.safetensors: truncated or damaged"),
+        (lambda f: truncate(f / SHARD, 0), "00002-of-00003.safetensors: truncated or damaged"),
+        (lambda f: (f / SHARD).write_bytes(POINTER), "00002-of-00003.safetensors: truncated or damaged"),
+        (lambda f: (f / SHARD).unlink(), r"names 1 file\(s\) that are not there: model-00002-of-00003.safetensors"),
+        (lambda f: (f / "config.json").unlink(), r"no config\.json"),
+        (lambda f: truncate(f / "config.json"), r"config\.json: broken JSON"),
+        (lambda f: (f / "config.json").write_text("[1]"), r"config\.json: holds a list"),
+        (lambda f: (f / "model.safetensors.index.json").unlink(), "no weights"),
+        (lambda f: (f / "model.safetensors.index.json").write_text("{}"), r"index\.json: weight_map names no tensor"),
+        (lambda f: edit(f, drop="layers.1.mlp"), r"2 tensors of the index are in no file: language_model\.model"),
+        (
+            lambda f: edit(f, add={"language_model.model.layers.7.extra": torch.ones(2)}),
+            r"1 unexpected: language_model\.model\.layers\.7\.extra",
+        ),
+        (
+            lambda f: edit(f, reshape="pre_layrnorm.weight"),
+            r"1 of wrong shape: vision_tower\.pre_layrnorm\.weight \(15,\) instead of \(16,\)",
+        ),
+        (lambda f: edit(f, add={"multi_modal_projector.linear_1.bias": torch.ones(32)}), "twice"),
+        (lambda f: text(f, num_hidden_layers=4), r"9 missing: language_model\.layers\.3\."),
+        (lambda f: text(f, num_hidden_layers=2), r"9 unexpected: language_model\.model\.layers\.2\."),
+        (lambda f: text(f, hidden_act="gelu"), "not a LLaVA-1.5: hidden_act"),
+        (lambda f: text(f, rope_scaling={"type": "linear", "factor": 2.0}), "not a LLaVA-1.5: rope scaling"),
+        (lambda f: text(f, head_dim=16), "not a LLaVA-1.5: head_dim"),
+        (lambda f: configure(f, vision_feature_layer=[-2, -5]), "not a LLaVA-1.5: several feature layers"),
+        (lambda f: configure(f, vision_feature_select_strategy="full"), "not a LLaVA-1.5: feature select strategy"),
+        (lambda f: configure(f, model_type="qwen2_vl"), r"model_type 'qwen2_vl'; supported: llava"),
+    ],
+)
 def test_bad_folders(hub, spoil, message):
     spoil(hub)
     with pytest.raises(SystemExit, match=message):
         load_base(str(hub))
 
 
-@pytest.mark.parametrize("spoil, message", [
-    (lambda f: spread(f, torch.int32), r"24 of a type that no weights have: vision_tower\.class_embedding I32"),
-    (lambda f: spread(f, torch.uint8), r"of a type that no weights have: .* U8"),
-    (lambda f: poison(f, float("nan")), r"00002-of-00003.safetensors: vision_\S+norm\S* holds numbers that are"),
-    (lambda f: poison(f, float("inf")), "not finite in float32"),
-    (lambda f: reindex(f, [1]), r"index\.json: weight_map is a list"),
-    (lambda f: reindex(f, 7), r"index\.json: weight_map is a int"),
-    (lambda f: reindex(f, {"a": 7}), r"index\.json: a is in 7, expected the name of a file"),
-    (lambda f: reindex(f, {"a": "../hub/model-00001-of-00003.safetensors"}), "expected the name of a file beside"),
-    (lambda f: reindex(f, {"a": "/etc/passwd"}), "expected the name of a file beside"),
-    (lambda f: configure(f, mm_vision_tower=5) or drop_vision(f), "mm_vision_tower is 5"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda f: spread(f, torch.int32), r"24 of a type that no weights have: vision_tower\.class_embedding I32"),
+        (lambda f: spread(f, torch.uint8), r"of a type that no weights have: .* U8"),
+        (lambda f: poison(f, float("nan")), r"00002-of-00003.safetensors: vision_\S+norm\S* holds numbers that are"),
+        (lambda f: poison(f, float("inf")), "not finite in float32"),
+        (lambda f: reindex(f, [1]), r"index\.json: weight_map is a list"),
+        (lambda f: reindex(f, 7), r"index\.json: weight_map is a int"),
+        (lambda f: reindex(f, {"a": 7}), r"index\.json: a is in 7, expected the name of a file"),
+        (lambda f: reindex(f, {"a": "../hub/model-00001-of-00003.safetensors"}), "expected the name of a file beside"),
+        (lambda f: reindex(f, {"a": "/etc/passwd"}), "expected the name of a file beside"),
+        (lambda f: configure(f, mm_vision_tower=5) or drop_vision(f), "mm_vision_tower is 5"),
+    ],
+)
 def test_weights_that_are_none(hub, spoil, message):
     spoil(hub)
     with pytest.raises(SystemExit, match=message):
@@ -271,24 +298,48 @@ def test_a_large_finite_tensor_is_loaded(library, tmp_path):
     assert load_model(folder).lm_head.weight.max() == torch.tensor(3e38)
 
 
-@pytest.mark.parametrize("part, name, value", [
-    ("text_config", "num_hidden_layers", "3"), ("text_config", "num_hidden_layers", 0),
-    ("text_config", "num_hidden_layers", 10**9), ("text_config", "num_attention_heads", 0),
-    ("text_config", "num_attention_heads", 3), ("text_config", "num_attention_heads", 32),
-    ("text_config", "num_key_value_heads", 3), ("text_config", "num_key_value_heads", True),
-    ("text_config", "hidden_size", -32), ("text_config", "hidden_size", [32]), ("text_config", "vocab_size", 96.0),
-    ("text_config", "rms_norm_eps", 1e9), ("text_config", "rms_norm_eps", "1e-5"),
-    ("text_config", "rope_theta", -1.0), ("text_config", "rope_theta", {}), ("text_config", "rope_scaling", 2.0),
-    ("text_config", "eos_token_id", [2]), ("text_config", "eos_token_id", 96), ("text_config", "bos_token_id", 5000),
-    ("text_config", "model_type", "mistral"),
-    ("vision_config", "patch_size", 0), ("vision_config", "patch_size", 43), ("vision_config", "image_size", "42"),
-    ("vision_config", "image_size", 10**6),
-    ("vision_config", "num_attention_heads", 5), ("vision_config", "num_hidden_layers", None),
-    (None, "vision_feature_layer", 0), (None, "vision_feature_layer", 4), (None, "vision_feature_layer", -4),
-    (None, "vision_feature_layer", "-2"), (None, "text_config", [1]), (None, "vision_config", 3),
-    (None, "image_token_index", "<image>"), (None, "image_token_index", -1), (None, "pad_token_id", 96),
-    (None, "model_type", ["llava"]), (None, "model_type", {}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "part, name, value",
+    [
+        ("text_config", "num_hidden_layers", "3"),
+        ("text_config", "num_hidden_layers", 0),
+        ("text_config", "num_hidden_layers", 10**9),
+        ("text_config", "num_attention_heads", 0),
+        ("text_config", "num_attention_heads", 3),
+        ("text_config", "num_attention_heads", 32),
+        ("text_config", "num_key_value_heads", 3),
+        ("text_config", "num_key_value_heads", True),
+        ("text_config", "hidden_size", -32),
+        ("text_config", "hidden_size", [32]),
+        ("text_config", "vocab_size", 96.0),
+        ("text_config", "rms_norm_eps", 1e9),
+        ("text_config", "rms_norm_eps", "1e-5"),
+        ("text_config", "rope_theta", -1.0),
+        ("text_config", "rope_theta", {}),
+        ("text_config", "rope_scaling", 2.0),
+        ("text_config", "eos_token_id", [2]),
+        ("text_config", "eos_token_id", 96),
+        ("text_config", "bos_token_id", 5000),
+        ("text_config", "model_type", "mistral"),
+        ("vision_config", "patch_size", 0),
+        ("vision_config", "patch_size", 43),
+        ("vision_config", "image_size", "42"),
+        ("vision_config", "image_size", 10**6),
+        ("vision_config", "num_attention_heads", 5),
+        ("vision_config", "num_hidden_layers", None),
+        (None, "vision_feature_layer", 0),
+        (None, "vision_feature_layer", 4),
+        (None, "vision_feature_layer", -4),
+        (None, "vision_feature_layer", "-2"),
+        (None, "text_config", [1]),
+        (None, "vision_config", 3),
+        (None, "image_token_index", "<image>"),
+        (None, "image_token_index", -1),
+        (None, "pad_token_id", 96),
+        (None, "model_type", ["llava"]),
+        (None, "model_type", {}),
+    ],
+)
 def test_absurd_values_in_config_json(hub, part, name, value):
     config = json.loads((hub / "config.json").read_text())
     (config[part] if part else config)[name] = value

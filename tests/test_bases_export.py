@@ -99,8 +99,10 @@ def test_pixels_are_padded_not_cut(merged):
 def test_chat_template(merged):
     """The Vicuna prompt, from parts or from text with <image> in it; turns, and a system prompt of one's own."""
     processor, tokenizer = AutoProcessor.from_pretrained(merged), AutoTokenizer.from_pretrained(merged)
-    system = ("A chat between a curious user and an artificial intelligence assistant. "
-              "The assistant gives helpful, detailed, and polite answers to the user's questions.")  # fmt: skip
+    system = (
+        "A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions."
+    )
     parts = [{"type": "image"}, {"type": "text", "text": "Hi?"}]
     user, answer = {"role": "user", "content": parts}, {"role": "assistant", "content": "Hello."}
     rendered = processor.apply_chat_template([user], add_generation_prompt=True)
@@ -204,8 +206,18 @@ def test_a_merge_that_went_wrong_is_not_kept(tiny_base, adapter, tmp_path, monke
     with pytest.raises(SystemExit, match="nothing is kept"):
         export.main(["--base", str(tiny_base), "--adapter", str(adapter), "--out", str(tmp_path / "out")])
     assert list(tmp_path.iterdir()) == []
-    export.main(["--base", str(tiny_base), "--adapter", str(adapter), "--out", str(tmp_path / "out"),
-                 "--max-difference", "1000"])  # fmt: skip
+    export.main(
+        [
+            "--base",
+            str(tiny_base),
+            "--adapter",
+            str(adapter),
+            "--out",
+            str(tmp_path / "out"),
+            "--max-difference",
+            "1000",
+        ]
+    )
     with pytest.raises(SystemExit, match="exists already"):
         export.main(["--base", str(tiny_base), "--out", str(tmp_path / "out")])
 

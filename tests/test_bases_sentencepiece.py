@@ -42,8 +42,13 @@ def test_sentencepiece_by_hand(tmp_path):
     pieces = [("▁", -9), ("a", -9), ("b", -9), ("c", -9), ("bc", -1), ("ab", -2), ("▁a", -3), ("▁abc", -4)]
     tokenizer = read_sentencepiece(write_pieces(tmp_path / "tokenizer.model", pieces))
     tokenizer.encode_special_tokens = True
-    for sentence, ids in {"abc": [266], "ab": [259, 264], "é": [259, 198, 172], "a b": [265, 259, 261],
-                          "c  a": [259, 262, 259, 265]}.items():  # fmt: skip
+    for sentence, ids in {
+        "abc": [266],
+        "ab": [259, 264],
+        "é": [259, 198, 172],
+        "a b": [265, 259, 261],
+        "c  a": [259, 262, 259, 265],
+    }.items():
         assert tokenizer.encode(sentence, add_special_tokens=False).ids == ids, sentence
         assert tokenizer.decode(ids) == sentence
     assert 2 not in tokenizer.encode("a</s>", add_special_tokens=False).ids  # text, not the end of the sequence

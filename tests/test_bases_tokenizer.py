@@ -54,14 +54,17 @@ def test_the_bases_own(base):
     assert processor.prompt_ids("Why?").count(config.image_id) == 4
 
 
-@pytest.mark.parametrize("change, reason", [
-    (add("strange", 384), "it has ids up to 384, the base has 384 rows"),
-    (swap("</s>", "<0x41>"), r"id 2, which ends an answer, is '<0x41>' and no special token"),
-    (swap("<s>", "<0x41>"), r"id 1, which begins a text, is '<0x41>' and no special token"),
-    (swap("<0x41>", "<0x42>"), r"<0x41> is 69, and <0x00> is 3"),  # 3 + 66, where 3 + 65 belongs
-    (move_image, r"<image> is \d+ in the tokenizer and \d+ in config.json"),
-    (forget_image, r"<image> is None in the tokenizer and \d+ in config.json"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (add("strange", 384), "it has ids up to 384, the base has 384 rows"),
+        (swap("</s>", "<0x41>"), r"id 2, which ends an answer, is '<0x41>' and no special token"),
+        (swap("<s>", "<0x41>"), r"id 1, which begins a text, is '<0x41>' and no special token"),
+        (swap("<0x41>", "<0x42>"), r"<0x41> is 69, and <0x00> is 3"),  # 3 + 66, where 3 + 65 belongs
+        (move_image, r"<image> is \d+ in the tokenizer and \d+ in config.json"),
+        (forget_image, r"<image> is None in the tokenizer and \d+ in config.json"),
+    ],
+)
 def test_another_bases(base, change, reason):
     edit(base, change)
     with pytest.raises(SystemExit, match=f"base: the tokenizer is not this base's: {reason}"):
@@ -77,13 +80,16 @@ def test_a_published_vocabulary_permuted(base):
         load_processor(base, read_config(base))
 
 
-@pytest.mark.parametrize("text, message", [
-    ('{"version": "1.0", "model": {"type"', "tokenizer.json: broken JSON"),
-    ("{}", "tokenizer.json: holds no vocabulary"),
-    ('{"model": []}', "tokenizer.json: holds no vocabulary"),
-    ('{"model": {"vocab": 3}}', "tokenizer.json: holds no vocabulary"),
-    ("[]", "tokenizer.json: holds a list"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('{"version": "1.0", "model": {"type"', "tokenizer.json: broken JSON"),
+        ("{}", "tokenizer.json: holds no vocabulary"),
+        ('{"model": []}', "tokenizer.json: holds no vocabulary"),
+        ('{"model": {"vocab": 3}}', "tokenizer.json: holds no vocabulary"),
+        ("[]", "tokenizer.json: holds a list"),
+    ],
+)
 def test_a_file_that_is_no_tokenizer(base, text, message):
     (base / "tokenizer.json").write_text(text)
     with pytest.raises(SystemExit, match=message):

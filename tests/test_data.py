@@ -261,8 +261,11 @@ def test_same_given_and_random():
     assert torch.equal(given.image_rejected, pictures.levels(pictures.open_image(png(99)), given.spec))
     random = PairData(PAIRS, PROCESSOR, "random")
     m_w = [random[0, i].image for i in range(6)]
-    chosen = {(i, next(j for j in range(6) if torch.equal(random[e, i].image_rejected, m_w[j])))
-              for e in range(30) for i in range(6)}  # fmt: skip
+    chosen = {
+        (i, next(j for j in range(6) if torch.equal(random[e, i].image_rejected, m_w[j])))
+        for e in range(30)
+        for i in range(6)
+    }
     assert chosen == {(i, j) for i in range(6) for j in range(6) if i != j}  # every other picture, never its own
     one = examine("f.json", PAIRS[:1], [], PROCESSOR, Demands(rejected_image="random"))
     with pytest.raises(SystemExit, match="at least 2 pairs"):

@@ -25,11 +25,14 @@ def test_cuda_is_chosen_without_cudnn_attention_and_with_expandable_segments(mon
     assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
 
 
-@pytest.mark.parametrize("cuda, dtype, mixed", [
-    (True, torch.bfloat16, True),
-    (True, torch.float32, False),  # float32 that multiplied in bfloat16 would be neither fast nor exact
-    (False, torch.bfloat16, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "cuda, dtype, mixed",
+    [
+        (True, torch.bfloat16, True),
+        (True, torch.float32, False),  # float32 that multiplied in bfloat16 would be neither fast nor exact
+        (False, torch.bfloat16, False),
+    ],
+)
 def test_mixed_precision_for_a_bfloat16_base_on_cuda_alone(cuda, dtype, mixed):
     context = device.autocast_for(SimpleNamespace(is_cuda=cuda, dtype=dtype))
     assert isinstance(context, torch.autocast if mixed else contextlib.nullcontext)

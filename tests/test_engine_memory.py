@@ -45,12 +45,15 @@ def allocator(card: float):
     return trial
 
 
-@pytest.mark.parametrize("card, expected", [
-    (24, Plan(2048, 16)),  # 0.92 x 23.5 = 21.6; 2,048 tokens need 24.0, with 8 layers recomputed 22.1, with 16 20.2
-    (48, Plan(4096, 0)),  # 43.7; 8,192 tokens need 49.0, 4,096 need 32.2
-    (80, Plan(8192, 0)),  # 73.1; 16,384 tokens need 82.7
-    (141, Plan(16384, 0)),  # 129.3
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "card, expected",
+    [
+        (24, Plan(2048, 16)),  # 0.92 x 23.5 = 21.6; 2,048 tokens need 24.0, with 8 layers recomputed 22.1, with 16 20.2
+        (48, Plan(4096, 0)),  # 43.7; 8,192 tokens need 49.0, 4,096 need 32.2
+        (80, Plan(8192, 0)),  # 73.1; 16,384 tokens need 82.7
+        (141, Plan(16384, 0)),  # 129.3
+    ],
+)
 def test_the_plan_for_7b_on_four_cards(card, expected, capsys):
     plans = memory.candidates(layers=32, size=None, recomputed=None)
     assert memory.choose(plans, allocator(card)) == expected
@@ -73,8 +76,13 @@ def test_what_the_user_gave_is_kept():
 def test_a_trial_step_stands_beside_gradients_and_adamw(monkeypatch):
     """The step sees 3 tensors more a parameter; room is a share of what is free and what this process holds already."""
     gib = memory.GIB
-    for name, value in dict(max_memory_reserved=10 * gib, memory_reserved=4 * gib, mem_get_info=(16 * gib, 80 * gib),
-                            empty_cache=None, reset_peak_memory_stats=None).items():  # fmt: skip
+    for name, value in dict(
+        max_memory_reserved=10 * gib,
+        memory_reserved=4 * gib,
+        mem_get_info=(16 * gib, 80 * gib),
+        empty_cache=None,
+        reset_peak_memory_stats=None,
+    ).items():
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     parameters = [torch.nn.Parameter(torch.zeros(1000, 7)), torch.nn.Parameter(torch.zeros(3))]
     zeros_like, made = torch.zeros_like, []
@@ -205,10 +213,13 @@ def failing(score, calls: set[int], where: str):
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
-@pytest.mark.parametrize("flags, module, name", [
-    (("--micro-batch", 2), losses, "plain_logps"),
-    (("--pack", "--tokens-per-batch", 300), packing, "packed_logps"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, module, name",
+    [
+        (("--micro-batch", 2), losses, "plain_logps"),
+        (("--pack", "--tokens-per-batch", 300), packing, "packed_logps"),
+    ],
+)
 def test_a_run_that_runs_out_of_memory_ends_as_one_that_does_not(
     tiny_base, pairs_file, tmp_path, monkeypatch, capsys, where, flags, module, name
 ):

@@ -114,11 +114,15 @@ def test_span_attention_is_bottom_right_causal():
     q = k = torch.zeros(1, 1, 5, 5)
     v = torch.eye(5)[None, None]
     seen = packing.SpanAttention(spans)(q, k, v)[0, 0]
-    expected = torch.tensor([
-        [1, 0, 0, 0, 0], [1 / 2, 1 / 2, 0, 0, 0], [1 / 3, 1 / 3, 1 / 3, 0, 0],
-        [1 / 3, 1 / 3, 0, 1 / 3, 0],  # y_l's first token: both prompt tokens and itself, not y_w
-        [1 / 4, 1 / 4, 0, 1 / 4, 1 / 4],
-    ])  # fmt: skip
+    expected = torch.tensor(
+        [
+            [1, 0, 0, 0, 0],
+            [1 / 2, 1 / 2, 0, 0, 0],
+            [1 / 3, 1 / 3, 1 / 3, 0, 0],
+            [1 / 3, 1 / 3, 0, 1 / 3, 0],  # y_l's first token: both prompt tokens and itself, not y_w
+            [1 / 4, 1 / 4, 0, 1 / 4, 1 / 4],
+        ]
+    )
     torch.testing.assert_close(seen, expected)
 
 
@@ -168,8 +172,9 @@ def test_varlen_call_fits_every_supported_signature():
     positional, keywords = attend.arguments(*(torch.zeros(1, 2, 4, 8) for _ in range(3)))
     inspect.signature(varlen).bind(*positional, **keywords)  # the installed torch
 
-    def torch_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
-                   window_size=(-1, -1)): ...  # fmt: skip
+    def torch_2_11(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
+    ): ...
 
     inspect.signature(torch_2_11).bind(*positional, **keywords)
 
@@ -233,12 +238,15 @@ def test_a_prefix_of_two_other_spans_is_refused():
         packing.KeyOrder([Span(0, 3), Span(3, 1, 0, 2), Span(4, 1, 0, 2)], torch.device("cpu"))
 
 
-@pytest.mark.parametrize("capability, built, kind", [
-    ((9, 0), True, packing.VarlenAttention),
-    ((8, 0), True, packing.VarlenAttention),
-    ((7, 5), True, packing.SpanAttention),  # Turing
-    ((9, 0), False, packing.SpanAttention),  # a torch without flash
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "capability, built, kind",
+    [
+        ((9, 0), True, packing.VarlenAttention),
+        ((8, 0), True, packing.VarlenAttention),
+        ((7, 5), True, packing.SpanAttention),  # Turing
+        ((9, 0), False, packing.SpanAttention),  # a torch without flash
+    ],
+)
 def test_flash_only_where_the_gpu_and_torch_have_it(capability, built, kind, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)

@@ -124,11 +124,16 @@ def test_each_batch_is_on_the_disk_before_the_next(asked, monkeypatch):
     assert calls == [0, 2, 4] and synced == [2, 4] and len(read(out)) == 4
 
 
-@pytest.mark.parametrize("more, name", [
-    (["--beams", "2"], "decoding"), (["--max-new-tokens", "7"], "max_new_tokens"),
-    (["--image-mode", "crop"], "image_mode"),
-    (["--dtype", "bfloat16"], "dtype"), (["--temperature", "1"], "decoding"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "more, name",
+    [
+        (["--beams", "2"], "decoding"),
+        (["--max-new-tokens", "7"], "max_new_tokens"),
+        (["--image-mode", "crop"], "image_mode"),
+        (["--dtype", "bfloat16"], "dtype"),
+        (["--temperature", "1"], "decoding"),
+    ],
+)
 def test_other_settings_do_not_go_on(asked, more, name):
     _, args, out = asked
     answers.main(args)
@@ -200,11 +205,16 @@ def test_one_picture_gets_the_answer_that_a_file_gets(asked, capsys):
     assert capsys.readouterr().out == read(out)[2]["answer"] + "\n"
 
 
-@pytest.mark.parametrize("more", [
-    [], ["--questions", "q"], ["--questions", "q", "--out", "o", "--shard-index", "2", "--shard-count", "2"],
-    ["--questions", "q", "--out", "o", "--beams", "2", "--temperature", "1"],
-    ["--questions", "q", "--out", "o", "--batch", "0"],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "more",
+    [
+        [],
+        ["--questions", "q"],
+        ["--questions", "q", "--out", "o", "--shard-index", "2", "--shard-count", "2"],
+        ["--questions", "q", "--out", "o", "--beams", "2", "--temperature", "1"],
+        ["--questions", "q", "--out", "o", "--batch", "0"],
+    ],
+)
 def test_flags_that_do_not_go_together(more, capsys):
     with pytest.raises(SystemExit) as e:
         answers.main(["--base", "x", *more])
@@ -306,10 +316,13 @@ def test_a_picture_that_goes_while_others_are_asked_is_named(asked, monkeypatch,
         answers.main([*args, "--batch", "1"])
 
 
-@pytest.mark.parametrize("more, reason", [
-    (["--out", "/proc/nowhere/a.jsonl"], "/proc/nowhere/a.jsonl: cannot be written"),
-    (["--out", "."], "cannot be written .Is a directory"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "more, reason",
+    [
+        (["--out", "/proc/nowhere/a.jsonl"], "/proc/nowhere/a.jsonl: cannot be written"),
+        (["--out", "."], "cannot be written .Is a directory"),
+    ],
+)
 def test_a_place_that_cannot_be_written_is_found_first(asked, monkeypatch, more, reason):
     _, args, _ = asked
     for name in ("read_questions", "load_processor", "load_model"):
@@ -318,10 +331,19 @@ def test_a_place_that_cannot_be_written_is_found_first(asked, monkeypatch, more,
         answers.main([*args, *more])
 
 
-@pytest.mark.parametrize("more", [
-    ["--temperature", "nan"], ["--beams", "1000"], ["--max-new-tokens", "1000000000"], ["--seed", "-1"],
-    ["--top-p", "0"], ["--shard-count", "0"], ["--shard-index", "-1", "--shard-count", "2"], ["--batch-tokens", "-5"],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--temperature", "nan"],
+        ["--beams", "1000"],
+        ["--max-new-tokens", "1000000000"],
+        ["--seed", "-1"],
+        ["--top-p", "0"],
+        ["--shard-count", "0"],
+        ["--shard-index", "-1", "--shard-count", "2"],
+        ["--batch-tokens", "-5"],
+    ],
+)
 def test_numbers_out_of_range_end_before_anything_is_loaded(asked, monkeypatch, more, capsys):
     _, args, out = asked
     monkeypatch.setattr(answers, "read_questions", None)

@@ -42,19 +42,36 @@ POPE = [
     for i, what, label in ((1, "dog", "yes"), (2, "car", "no"))
 ]
 MMHAL = [
-    {"question_type": "attribute", "image_src": f"https://c4.example.com/8/72/{i}_o.jpg", "question": f"Which {i}?",
-     "image_content": ["Vase"], "gt_answer": "A", "model_answer": ""} for i in range(96)
-]  # fmt: skip
+    {
+        "question_type": "attribute",
+        "image_src": f"https://c4.example.com/8/72/{i}_o.jpg",
+        "question": f"Which {i}?",
+        "image_content": ["Vase"],
+        "gt_answer": "A",
+        "model_answer": "",
+    }
+    for i in range(96)
+]
 
 
 def test_pope(tmp_path):
     rows = make(tmp_path, "pope", POPE)
     assert without_source(rows) == [
-        {"id": 1, "image": "COCO_val2014_000000000001.jpg", "question_id": 1, "label": "yes",
-         "prompt": "Is there a dog in the image?\nAnswer the question using a single word or phrase."},
-        {"id": 2, "image": "COCO_val2014_000000000002.jpg", "question_id": 2, "label": "no",
-         "prompt": "Is there a car in the image?\nAnswer the question using a single word or phrase."},
-    ]  # fmt: skip
+        {
+            "id": 1,
+            "image": "COCO_val2014_000000000001.jpg",
+            "question_id": 1,
+            "label": "yes",
+            "prompt": "Is there a dog in the image?\nAnswer the question using a single word or phrase.",
+        },
+        {
+            "id": 2,
+            "image": "COCO_val2014_000000000002.jpg",
+            "question_id": 2,
+            "label": "no",
+            "prompt": "Is there a car in the image?\nAnswer the question using a single word or phrase.",
+        },
+    ]
     answers = [row | {"answer": "Yes", "_where": "here"} for row in rows]
     labels = [label | {"_where": "there"} for label in POPE]
     assert [row["answer"] for row in pope.match(answers[::-1], labels)] == ["Yes", "Yes"]
@@ -92,9 +109,14 @@ def test_object_halbench_writes_the_pictures_as_they_are(tmp_path, capsys):
     assert list(found) == ["339761"] and paths["339761"].is_file()
 
 
-@pytest.mark.parametrize("image, reason", [
-    (base64.b64encode(jpeg()[:60]).decode(), "broken image"), ("not base64!", "base64|Only"), (None, "cannot be used"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "image, reason",
+    [
+        (base64.b64encode(jpeg()[:60]).decode(), "broken image"),
+        ("not base64!", "base64|Only"),
+        (None, "cannot be used"),
+    ],
+)
 def test_object_halbench_with_a_broken_picture_writes_nothing(tmp_path, image, reason):
     good = {"image_id": 1, "question": "q", "image": base64.b64encode(jpeg()).decode()}
     with pytest.raises(SystemExit, match=rf"official.json:2: .*({reason})"):
@@ -146,14 +168,23 @@ def test_a_folder_of_pictures(tmp_path):
 # ---- reading -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("change, reason", [
-    ({"image": "gone.png"}, "gone.png: missing image"), ({"image": "text.png"}, "text.png: broken image"),
-    ({"image": "../a.png"}, "image path leaves the image folder"), ({"image": None}, "no image"),
-    ({"image": 3}, "no image"),
-    ({"prompt": " "}, "no prompt"), ({"prompt": "<image> and <image>"}, "several <image>"), ({"id": None}, "no id"),
-    ({"prompt": "\ud800"}, "half a surrogate"), ({"image": "loop.png"}, "loop.png"),
-    ({"id": "1"}, "this id was there before: .*q.jsonl:1"), ({"answer": "x"}, "name of one that is added.*answer"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"image": "gone.png"}, "gone.png: missing image"),
+        ({"image": "text.png"}, "text.png: broken image"),
+        ({"image": "../a.png"}, "image path leaves the image folder"),
+        ({"image": None}, "no image"),
+        ({"image": 3}, "no image"),
+        ({"prompt": " "}, "no prompt"),
+        ({"prompt": "<image> and <image>"}, "several <image>"),
+        ({"id": None}, "no id"),
+        ({"prompt": "\ud800"}, "half a surrogate"),
+        ({"image": "loop.png"}, "loop.png"),
+        ({"id": "1"}, "this id was there before: .*q.jsonl:1"),
+        ({"answer": "x"}, "name of one that is added.*answer"),
+    ],
+)
 def test_a_bad_question_stops_before_anything_is_generated(tmp_path, change, reason):
     """The message has file, row, id and reason; a good question beside it does not help."""
     (tmp_path / "a.png").write_bytes(jpeg())

@@ -108,10 +108,13 @@ def test_what_is_missing_is_said_before_anything_starts(data, quick, tiny_base, 
     assert "amber" not in text and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("more, reason", [
-    (["--extractor", "localhost:8000/v1", "--extractor-model", "m"], "must start with http"),
-    (["--out", "/proc/nowhere"], "cannot be written"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "more, reason",
+    [
+        (["--extractor", "localhost:8000/v1", "--extractor-model", "m"], "must start with http"),
+        (["--out", "/proc/nowhere"], "cannot be written"),
+    ],
+)
 def test_what_would_fail_late_ends_at_once(data, quick, tiny_base, tmp_path, monkeypatch, more, reason):
     monkeypatch.setattr(answers, "Source", None)
     argv = ["--base", str(tiny_base), "--data", str(data), "--out", str(tmp_path / "run"), "--parts", "objhal", *more]

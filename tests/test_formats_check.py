@@ -39,11 +39,20 @@ def bad_data(tmp_path):
     Image.new("RGB", (30, 20), "red").save(tmp_path / "ok.png")
     Image.new("RGB", (120, 20), "red").save(tmp_path / "long.png")  # aspect 6
     (tmp_path / "broken.png").write_bytes((tmp_path / "ok.png").read_bytes()[:50])
-    return write(tmp_path, [
-        row(1), row(2, chosen=" "), row(3, image="broken.png"), row(4, image="none.png"), row(5, image=["a", "b"]),
-        row(6, chosen="Yes", rejected="Yes"), row(1, id="r7"), row(8, image="long.png", rejected="No"),
-        row(9, image=None),
-    ])  # fmt: skip
+    return write(
+        tmp_path,
+        [
+            row(1),
+            row(2, chosen=" "),
+            row(3, image="broken.png"),
+            row(4, image="none.png"),
+            row(5, image=["a", "b"]),
+            row(6, chosen="Yes", rejected="Yes"),
+            row(1, id="r7"),
+            row(8, image="long.png", rejected="No"),
+            row(9, image=None),
+        ],
+    )
 
 
 def test_check_names_every_bad_row(bad_data, capsys):
@@ -86,8 +95,9 @@ def test_check_counts_tokens_and_refuses_too_long(pairs_file, tiny_base, capsys)
     processor = Processor(load_tokenizer(tiny_base), read_config(tiny_base))
     longest = max(
         len(processor.prompt_ids(r["prompt"])) + len(processor.encode(r[k])) + 1
-        for r in json.loads(pairs_file.read_text()) for k in ("chosen", "rejected")
-    )  # fmt: skip
+        for r in json.loads(pairs_file.read_text())
+        for k in ("chosen", "rejected")
+    )
     assert "image + prompt + longer response" in out and f", {longest}\n" in out
     with pytest.raises(SystemExit):
         check.main([str(pairs_file), "--base", str(tiny_base), "--max-length", str(longest - 1)])
@@ -169,9 +179,15 @@ def test_recipes_are_those_of_training():
 
 @pytest.mark.parametrize(
     "prompt",
-    ["[INST] What? [/INST]", "<|im_start|>user\nWhat?<|im_end|>", "USER: <image>\nWhat?", "### Human: What?",
-     "<|start_header_id|>user<|end_header_id|>What?", "Hm.\nASSISTANT: yes. What?"],
-)  # fmt: skip
+    [
+        "[INST] What? [/INST]",
+        "<|im_start|>user\nWhat?<|im_end|>",
+        "USER: <image>\nWhat?",
+        "### Human: What?",
+        "<|start_header_id|>user<|end_header_id|>What?",
+        "Hm.\nASSISTANT: yes. What?",
+    ],
+)
 def test_other_templates_inside_a_prompt_are_pointed_out(prompt, tmp_path, capsys):
     Image.new("RGB", (9, 9)).save(tmp_path / "ok.png")
     check.main([write(tmp_path, [row(1), row(2, prompt=prompt)])])
@@ -180,9 +196,14 @@ def test_other_templates_inside_a_prompt_are_pointed_out(prompt, tmp_path, capsy
 
 @pytest.mark.parametrize(
     "flags, words",
-    [(["--rows", "-1"], "--rows: -1"), (["--rows", "0"], "--rows: 0"), (["--seed", "-1"], "--seed: -1"),
-     (["--max-length", "0"], "--max-length: 0"), (["--rejected-image", "crop:2-3"], "crop:LOW-HIGH")],
-)  # fmt: skip
+    [
+        (["--rows", "-1"], "--rows: -1"),
+        (["--rows", "0"], "--rows: 0"),
+        (["--seed", "-1"], "--seed: -1"),
+        (["--max-length", "0"], "--max-length: 0"),
+        (["--rejected-image", "crop:2-3"], "crop:LOW-HIGH"),
+    ],
+)
 def test_flags_are_refused_before_anything_is_read(flags, words, capsys):
     with pytest.raises(SystemExit):
         show.main(["nowhere.json", "--base", "nowhere", *flags])

@@ -79,8 +79,10 @@ def test_pds_dpo_is_one_of_four_overlapping_files(name, file, cache, capsys):
     sizes = {"2k": 2, "5k": 3, "7k": 4, "9k": 5}
     files = {"images.tar": tarred(f"images/art-{i}.jpg" for i in range(1, 6))}
     for size, n in sizes.items():
-        rows = [{"id": f"art-{i}", "image": f"images/art-{i}.jpg", "prompt": "Q?", "chosen": "Yes", "rejected": "No"}
-                for i in range(1, n + 1)]  # fmt: skip
+        rows = [
+            {"id": f"art-{i}", "image": f"images/art-{i}.jpg", "prompt": "Q?", "chosen": "Yes", "rejected": "No"}
+            for i in range(1, n + 1)
+        ]
         files[f"{size}-pds-dpo.json"] = json.dumps(rows).encode()
     put(cache, "pdsdpo/pdsdpo-v1_0-data", files)
     pairs, problems = read_pairs(name)

@@ -15,46 +15,119 @@ from formats.readers import read_pairs
 # (rows as stored, file name, id, whether the picture is in the file)
 GOLDEN = {
     "mDPO": ([{"img_path": "a.png", "prompt": TEMPLATED, "chosen": Y_W, "rejected": Y_L}], "d.json", "1", False),
-    "PDS-DPO": ([{
-        "id": "art-7", "image": "a.png",
-        "conversations": [{"from": "human", "value": "<image> What is this?"}, {"from": "gpt", "value": " A red bus."}],
-        "rejected_conversations": [{"from": "human", "value": "<image> What is this?"}, {"from": "gpt", "value": Y_L}],
-    }], "d.json", "art-7", False),
-    "RLHF-V": ([{
-        "ds_name": "RLHF-V", "image": {"bytes": PNG, "path": "x.jpg"}, "idx": 12, "image_path": "x.jpg",
-        "text": json.dumps({"question": Q, "chosen": Y_W, "rejected": Y_L}),
-    }], "d.parquet", "12", True),
-    "RLAIF-V": ([{
-        "ds_name": "RLAIF-V", "image": {"bytes": PNG, "path": "x.jpg"}, "question": Q, "chosen": Y_W, "rejected": Y_L,
-        "idx": "3",
-    }], "d.parquet", "3", True),
-    "LLaMA-Factory": ([{
-        "conversations": [{"from": "human", "value": "<image>What is this?"}],
-        "chosen": {"from": "gpt", "value": Y_W}, "rejected": {"from": "gpt", "value": Y_L},
-        "images": [{"bytes": PNG, "path": None}],
-    }], "d.parquet", "1", True),
-    "VLFeedback, jsonl": ([{
-        "id": "v1", "prompt": Q, "img_path": "a.png", "models": ["a", "b", "c", "d"], "completions": [
-            {"model": "a", "response": "so so", "annotations": rating("5", "3", "3")},  # mean 3.67
-            {"model": "b", "response": Y_W, "annotations": rating("4", "5", "4")},  # 4.33, the best
-            {"model": "c", "response": "not rated", "annotations": rating("5", "N/A", "5")},
-            {"model": "d", "response": Y_L, "annotations": rating("1", "5", "1")},  # 2.33, the worst
+    "PDS-DPO": (
+        [
+            {
+                "id": "art-7",
+                "image": "a.png",
+                "conversations": [
+                    {"from": "human", "value": "<image> What is this?"},
+                    {"from": "gpt", "value": " A red bus."},
+                ],
+                "rejected_conversations": [
+                    {"from": "human", "value": "<image> What is this?"},
+                    {"from": "gpt", "value": Y_L},
+                ],
+            }
         ],
-    }], "d.jsonl", "v1", False),
-    "VLFeedback, parquet": ([{
-        "id": "v1", "prompt": Q, "img_path": "a.png", "completions": {
-            "model": ["a", "b"], "response": [Y_L, Y_W], "annotations": [rating("3", "5", "3"), rating("4", "5", "3")],
-        },
-    }], "d.parquet", "v1", False),
+        "d.json",
+        "art-7",
+        False,
+    ),
+    "RLHF-V": (
+        [
+            {
+                "ds_name": "RLHF-V",
+                "image": {"bytes": PNG, "path": "x.jpg"},
+                "idx": 12,
+                "image_path": "x.jpg",
+                "text": json.dumps({"question": Q, "chosen": Y_W, "rejected": Y_L}),
+            }
+        ],
+        "d.parquet",
+        "12",
+        True,
+    ),
+    "RLAIF-V": (
+        [
+            {
+                "ds_name": "RLAIF-V",
+                "image": {"bytes": PNG, "path": "x.jpg"},
+                "question": Q,
+                "chosen": Y_W,
+                "rejected": Y_L,
+                "idx": "3",
+            }
+        ],
+        "d.parquet",
+        "3",
+        True,
+    ),
+    "LLaMA-Factory": (
+        [
+            {
+                "conversations": [{"from": "human", "value": "<image>What is this?"}],
+                "chosen": {"from": "gpt", "value": Y_W},
+                "rejected": {"from": "gpt", "value": Y_L},
+                "images": [{"bytes": PNG, "path": None}],
+            }
+        ],
+        "d.parquet",
+        "1",
+        True,
+    ),
+    "VLFeedback, jsonl": (
+        [
+            {
+                "id": "v1",
+                "prompt": Q,
+                "img_path": "a.png",
+                "models": ["a", "b", "c", "d"],
+                "completions": [
+                    {"model": "a", "response": "so so", "annotations": rating("5", "3", "3")},  # mean 3.67
+                    {"model": "b", "response": Y_W, "annotations": rating("4", "5", "4")},  # 4.33, the best
+                    {"model": "c", "response": "not rated", "annotations": rating("5", "N/A", "5")},
+                    {"model": "d", "response": Y_L, "annotations": rating("1", "5", "1")},  # 2.33, the worst
+                ],
+            }
+        ],
+        "d.jsonl",
+        "v1",
+        False,
+    ),
+    "VLFeedback, parquet": (
+        [
+            {
+                "id": "v1",
+                "prompt": Q,
+                "img_path": "a.png",
+                "completions": {
+                    "model": ["a", "b"],
+                    "response": [Y_L, Y_W],
+                    "annotations": [rating("3", "5", "3"), rating("4", "5", "3")],
+                },
+            }
+        ],
+        "d.parquet",
+        "v1",
+        False,
+    ),
     "TRL, text": ([{"images": ["a.png"], "prompt": Q, "chosen": Y_W, "rejected": Y_L}], "d.jsonl", "1", False),
-    "TRL, chat": ([{
-        "images": [{"bytes": PNG, "path": None}],
-        "prompt": [{"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": Q}]}],
-        "chosen": [{"role": "assistant", "content": [{"type": "text", "text": Y_W}]}],
-        "rejected": [{"role": "assistant", "content": [{"type": "text", "text": Y_L}]}],
-    }], "d.parquet", "1", True),
+    "TRL, chat": (
+        [
+            {
+                "images": [{"bytes": PNG, "path": None}],
+                "prompt": [{"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": Q}]}],
+                "chosen": [{"role": "assistant", "content": [{"type": "text", "text": Y_W}]}],
+                "rejected": [{"role": "assistant", "content": [{"type": "text", "text": Y_L}]}],
+            }
+        ],
+        "d.parquet",
+        "1",
+        True,
+    ),
     "plain": ([{"id": 5, "image": "a.png", "prompt": Q, "chosen": Y_W, "rejected": Y_L}], "d.json", "5", False),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -129,13 +202,15 @@ def test_a_path_in_a_dict_and_no_picture(tmp_path):
         ({"image": "../a.png"}, "image path leaves the image folder"),
         ({"prompt": "<image> and <image>"}, "several <image>"),
         ({"prompt": "USER: <image>\nWhat? ASSISTANT:"}, "prompt is in another template"),
-        ({"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
-         "not one question and one answer"),
+        (
+            {"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+            "not one question and one answer",
+        ),
         ({"prompt": None}, "no prompt"),
         ({"chosen": 3}, "row does not fit the file's format"),
         ({"rejected": "half a pair \ud83d"}, "rejected is not valid Unicode"),
     ],
-)  # fmt: skip
+)
 def test_bad_row_is_a_problem(changes, reason, tmp_path):
     problem = first(tmp_path, id="x9", **changes)
     assert isinstance(problem, Problem) and problem[:3] == (1, "x9", reason)

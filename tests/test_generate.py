@@ -35,8 +35,16 @@ def llava(request, tmp_path_factory):
 
 
 def theirs_generate(model, new: int, beams: int, suppress, **inputs) -> list[int]:
-    out = model.generate(max_new_tokens=new, do_sample=False, num_beams=beams, length_penalty=1.0, early_stopping=False,
-                         suppress_tokens=suppress, pad_token_id=0, **inputs)  # fmt: skip
+    out = model.generate(
+        max_new_tokens=new,
+        do_sample=False,
+        num_beams=beams,
+        length_penalty=1.0,
+        early_stopping=False,
+        suppress_tokens=suppress,
+        pad_token_id=0,
+        **inputs,
+    )
     return out[0].tolist()
 
 
@@ -51,9 +59,12 @@ def test_llava_equals_transformers(llava, beams):
     prompts, pictures = prompts_and_pictures(42, 9, tiny_models.IMAGE_ID)
 
     def one_by_one(suppress):
-        return [until_eos(theirs_generate(theirs, 20, beams, suppress, input_ids=p[None], eos_token_id=EOS,
-                                          attention_mask=torch.ones_like(p[None]), pixel_values=x[None])[len(p):], EOS)
-                for p, x in zip(prompts, pictures, strict=True)]  # fmt: skip
+        answers = []
+        for p, x in zip(prompts, pictures, strict=True):
+            inputs = {"input_ids": p[None], "attention_mask": torch.ones_like(p[None]), "pixel_values": x[None]}
+            ids = theirs_generate(theirs, 20, beams, suppress, eos_token_id=EOS, **inputs)
+            answers.append(until_eos(ids[len(p) :], EOS))
+        return answers
 
     expected = one_by_one(list(range(90, 96)))
     assert generate.generate(ours, prompts, pictures, 20, beams=beams) == expected
@@ -128,13 +139,16 @@ def test_numbers_that_are_not_finite_are_said(llava, dtype, advice):
 # ---- sampling ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("temperature, top_p, draws, expected", [
-    (1.0, 1.0, (0.0, 0.29, 0.31, 0.79, 0.81, 0.9999999), (0, 0, 1, 1, 2, 2)),  # cdf .3 .8 1
-    (0.5, 1.0, (0.23, 0.24, 0.89, 0.90), (0, 1, 1, 2)),  # squared: .09 .25 .04 of .38 -> cdf .2368 .8947 1
-    (1.0, 0.7, (0.37, 0.38, 0.9999999), (0, 1, 1)),  # .5 < .7, so .3 stays, .2 goes: .375 .625 -> cdf .375 1
-    (1.0, 0.5, (0.0, 0.9999999), (1, 1)),  # .5 alone holds .5
-    (1.0, 1e-9, (0.0, 0.9999999), (1, 1)),  # the best always stays
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "temperature, top_p, draws, expected",
+    [
+        (1.0, 1.0, (0.0, 0.29, 0.31, 0.79, 0.81, 0.9999999), (0, 0, 1, 1, 2, 2)),  # cdf .3 .8 1
+        (0.5, 1.0, (0.23, 0.24, 0.89, 0.90), (0, 1, 1, 2)),  # squared: .09 .25 .04 of .38 -> cdf .2368 .8947 1
+        (1.0, 0.7, (0.37, 0.38, 0.9999999), (0, 1, 1)),  # .5 < .7, so .3 stays, .2 goes: .375 .625 -> cdf .375 1
+        (1.0, 0.5, (0.0, 0.9999999), (1, 1)),  # .5 alone holds .5
+        (1.0, 1e-9, (0.0, 0.9999999), (1, 1)),  # the best always stays
+    ],
+)
 def test_a_draw_falls_where_the_arithmetic_says(temperature, top_p, draws, expected):
     """Probabilities .3 .5 .2 of ids 0 1 2, and an id of probability 0 after them that is never drawn."""
     logits = torch.tensor([math.log(0.3), math.log(0.5), math.log(0.2), -math.inf]).expand(len(draws), 4)
@@ -188,21 +202,32 @@ def test_one_picture_is_answered_as_it_is_written(tiny_base, tmp_path, capsys, m
     assert "".join(seen[:3]) and "\N{SNOWMAN}" in [piece.strip() for piece in seen], seen
 
 
-@pytest.mark.parametrize("more", [
-    ["--image", "x"], ["--prompt", "p"], ["--image", "x", "--prompt", "p", "--beams", "2", "--temperature", "1"],
-    ["--image", "x", "--prompt", "p", "--top-p", ".5"], ["--image", "x", "--prompt", "p", "--temperature", "-1"],
-    ["--image", "x", "--prompt", "p", "--beams", "0"],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--image", "x"],
+        ["--prompt", "p"],
+        ["--image", "x", "--prompt", "p", "--beams", "2", "--temperature", "1"],
+        ["--image", "x", "--prompt", "p", "--top-p", ".5"],
+        ["--image", "x", "--prompt", "p", "--temperature", "-1"],
+        ["--image", "x", "--prompt", "p", "--beams", "0"],
+    ],
+)
 def test_flags_that_do_not_go_together(more, capsys):
     with pytest.raises(SystemExit) as e:
         generate.main(["--base", "x", *more])
     assert e.value.code == 2 and "error: " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("question, reason", [
-    ("<image> and <image>", "several <image>"), ("USER: what? ASSISTANT:", "another template"),
-    ("<image> ", "no question in it"), ("What\udcff?", "not UTF-8"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "question, reason",
+    [
+        ("<image> and <image>", "several <image>"),
+        ("USER: what? ASSISTANT:", "another template"),
+        ("<image> ", "no question in it"),
+        ("What\udcff?", "not UTF-8"),
+    ],
+)
 def test_a_question_that_cannot_be_asked_ends_before_the_model_is_loaded(tmp_path, monkeypatch, question, reason):
     Image.new("RGB", (30, 40)).save(tmp_path / "x.png")
     monkeypatch.setattr(generate, "load_processor", None)

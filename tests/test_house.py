@@ -76,12 +76,15 @@ def test_imports_point_down(file):
     assert wrong_imports(place, file.read_text()) == []
 
 
-@pytest.mark.parametrize("place, line", [
-    ("engine", "def f():\n    import train\n"),
-    ("formats", "from evals import stats\n"),
-    ("losses", "from data import Batch\n"),
-    ("bases", "import torch\nfrom formats.readers import read_pairs\n"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "place, line",
+    [
+        ("engine", "def f():\n    import train\n"),
+        ("formats", "from evals import stats\n"),
+        ("losses", "from data import Batch\n"),
+        ("bases", "import torch\nfrom formats.readers import read_pairs\n"),
+    ],
+)
 def test_a_wrong_import_is_seen(place, line):
     assert len(wrong_imports(place, line)) == 1
 

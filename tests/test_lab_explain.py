@@ -78,11 +78,14 @@ def processor_of(tiny_base):
     return load_processor(tiny_base, read_config(tiny_base))
 
 
-@pytest.mark.parametrize("response, wanted", [
-    ("A red square, 😀.", ["A", " red", " square", ",", " 😀", ".", ""]),
-    ("👩‍👩‍👧 é\n\nTwo", ["👩‍👩‍👧", " é", "\n\nTwo", ""]),
-    ("Yes", ["Yes", ""]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "response, wanted",
+    [
+        ("A red square, 😀.", ["A", " red", " square", ",", " 😀", ".", ""]),
+        ("👩‍👩‍👧 é\n\nTwo", ["👩‍👩‍👧", " é", "\n\nTwo", ""]),
+        ("Yes", ["Yes", ""]),
+    ],
+)
 def test_every_token_of_a_response_is_in_one_word(tiny_base, response, wanted):
     """Byte tokens, the dummy blank and EOS included."""
     processor = processor_of(tiny_base)

@@ -127,8 +127,16 @@ def test_flags_win_over_the_run_and_an_adapter_from_elsewhere_is_said(run, pairs
     shutil.copytree(run / "epoch-2", alone)
     with pytest.raises(SystemExit, match="--base is needed"):
         opened("--adapter", alone, "--row", 1)
-    found = opened("--adapter", alone, "--base", json.loads((run / "args.json").read_text())["base"],
-                   "--data", pairs_file, "--row", 1)  # fmt: skip
+    found = opened(
+        "--adapter",
+        alone,
+        "--base",
+        json.loads((run / "args.json").read_text())["base"],
+        "--data",
+        pairs_file,
+        "--row",
+        1,
+    )
     assert "no args.json" in capsys.readouterr().out
     assert found.settings.delta == 0 and not found.settings.recorded
 

@@ -130,10 +130,21 @@ def test_metrics_are_detached_and_name_every_triple():
     r = losses.rewards(policy, REFERENCE)
     m = losses.metrics(policy, r, losses.mdpo_terms(r))
     assert not any(v.requires_grad for v in m.values())
-    expected = {"losses/dpo": 0.5544, "losses/copo": 0.6444, "losses/ancpo": 0.5981, "rewards/margins": 0.3,
-                "rewards/image_margins": 0.1, "rewards/accuracies": 1.0, "rewards/image_accuracies": 1.0,
-                "logps/chosen": -10.0, "logps/rejected": -14.0, "logps/image_rejected": -11.0,
-                "rewards/chosen": 0.2, "rewards/rejected": -0.1, "rewards/image_rejected": 0.1}  # fmt: skip
+    expected = {
+        "losses/dpo": 0.5544,
+        "losses/copo": 0.6444,
+        "losses/ancpo": 0.5981,
+        "rewards/margins": 0.3,
+        "rewards/image_margins": 0.1,
+        "rewards/accuracies": 1.0,
+        "rewards/image_accuracies": 1.0,
+        "logps/chosen": -10.0,
+        "logps/rejected": -14.0,
+        "logps/image_rejected": -11.0,
+        "rewards/chosen": 0.2,
+        "rewards/rejected": -0.1,
+        "rewards/image_rejected": 0.1,
+    }
     assert m.keys() == expected.keys()
     for key, value in expected.items():
         assert math.isclose(m[key].item(), value, abs_tol=5e-5), key

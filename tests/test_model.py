@@ -80,16 +80,26 @@ def test_feature_layers_count_as_transformers_hidden_states(tmp_path, layer, run
 def test_vision_tower_equals_open_clip():
     """OpenAI's ViT as open_clip builds it, quick_gelu; its fused qkv cut into three."""
     theirs = open_clip.transformer.VisionTransformer(
-        image_size=42, patch_size=14, width=16, layers=3, heads=2, mlp_ratio=4.0, output_dim=8,
+        image_size=42,
+        patch_size=14,
+        width=16,
+        layers=3,
+        heads=2,
+        mlp_ratio=4.0,
+        output_dim=8,
         act_layer=open_clip.transformer.QuickGELU,
-    ).eval()  # fmt: skip
+    ).eval()
     g = torch.Generator().manual_seed(3)
     for p in theirs.parameters():
         p.data = torch.randn(p.shape, generator=g) * 0.3
     ours = VisionTower(VisionConfig(width=16, layers=3, heads=2, ffn=64, image_size=42, patch=14))
-    state = {"class_embedding": theirs.class_embedding, "patch_embedding.weight": theirs.conv1.weight,
-             "position_embedding.weight": theirs.positional_embedding,
-             "pre_layrnorm.weight": theirs.ln_pre.weight, "pre_layrnorm.bias": theirs.ln_pre.bias}  # fmt: skip
+    state = {
+        "class_embedding": theirs.class_embedding,
+        "patch_embedding.weight": theirs.conv1.weight,
+        "position_embedding.weight": theirs.positional_embedding,
+        "pre_layrnorm.weight": theirs.ln_pre.weight,
+        "pre_layrnorm.bias": theirs.ln_pre.bias,
+    }
     for i, block in enumerate(theirs.transformer.resblocks[:2]):
         layer = f"layers.{i}."
         for k in ("weight", "bias"):

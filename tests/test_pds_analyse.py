@@ -69,8 +69,9 @@ def test_similarity_by_hand():
 
 def test_similarity_of_many_is_that_of_few(monkeypatch):
     """Over blocks and bins: as exact as a bin of 0.0005."""
-    vectors = torch.nn.functional.normalize(torch.randn(2300, 5, dtype=torch.float64,
-                                                        generator=torch.Generator().manual_seed(0)))  # fmt: skip
+    vectors = torch.nn.functional.normalize(
+        torch.randn(2300, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    )
     exact = analyse.similarity(vectors)
     monkeypatch.setattr(analyse, "EXACT_UP_TO", 0)
     counted = analyse.similarity(vectors.to_sparse())
@@ -114,15 +115,32 @@ def files_of(tmp_path):
 
 def test_the_command_writes_numbers_figures_and_the_sheet(files_of, tmp_path, capsys):
     figures, sheet = tmp_path / "figures", tmp_path / "sheet.png"
-    analyse.main([*map(str, files_of), "--json", str(tmp_path / "a.json"), "--figures", str(figures),
-                  "--sheet", str(sheet), "--rows", "2"])  # fmt: skip
+    analyse.main(
+        [
+            *map(str, files_of),
+            "--json",
+            str(tmp_path / "a.json"),
+            "--figures",
+            str(figures),
+            "--sheet",
+            str(sheet),
+            "--rows",
+            "2",
+        ]
+    )
     out = capsys.readouterr().out
     assert "a & b" in out and "paper: RM & CLIP" in out and "36.80" in out
     stored = json.loads((tmp_path / "a.json").read_text())
     assert stored["images"]["overlap"]["a & b"]["top1"] == 33.3333
     assert stored["paper"]["overlap"]["RM & CLIP"]["top3"] == 79.13
-    names = {"figure4-guidance.png", "figure6-similarity.png", "responders.png", "scores-answers-judge.png",
-             "scores-images-a.png", "scores-images-b.png"}  # fmt: skip
+    names = {
+        "figure4-guidance.png",
+        "figure6-similarity.png",
+        "responders.png",
+        "scores-answers-judge.png",
+        "scores-images-a.png",
+        "scores-images-b.png",
+    }
     assert {file.name for file in figures.iterdir()} == names
     assert all(Image.open(figures / name).size == (1050, 600) for name in names)
 
@@ -133,8 +151,11 @@ def test_the_sheet_frames_the_winner(files_of, tmp_path):
     analyse.main([str(files_of[0]), "--sheet", str(sheet), "--rows", "2"])
     page = Image.open(sheet).convert("RGB")
     # columns are 224 + 2 * 6 + 8 = 244 wide from 8 on, rows 224 + 12 + 20 * 4 + 8 = 324 high; a title of 20 above
-    corners = {(line, column): page.getpixel((8 + 244 * column + 2, 8 + 324 * line + 20 + 2))
-               for line in range(2) for column in range(4)}  # fmt: skip
+    corners = {
+        (line, column): page.getpixel((8 + 244 * column + 2, 8 + 324 * line + 20 + 2))
+        for line in range(2)
+        for column in range(4)
+    }
     green = [place for place, colour in corners.items() if colour == (34, 139, 34)]
     assert green == [(0, 0), (1, 1)]
 

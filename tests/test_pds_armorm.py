@@ -25,8 +25,19 @@ def test_ids_are_llama_3s_template(judge):
     """One BOS, contents stripped, every piece between special tokens encoded on its own, no generation prompt."""
     token, encode = judge.chat.tokenizer.token_to_id, judge.chat.encode
     start, end, eot = (token(f"<|{name}|>") for name in ("start_header_id", "end_header_id", "eot_id"))
-    wanted = [token("<|begin_of_text|>"), start, *encode("user"), end, *encode("\n\nWhat?"), eot,
-              start, *encode("assistant"), end, *encode("\n\nA boat."), eot]  # fmt: skip
+    wanted = [
+        token("<|begin_of_text|>"),
+        start,
+        *encode("user"),
+        end,
+        *encode("\n\nWhat?"),
+        eot,
+        start,
+        *encode("assistant"),
+        end,
+        *encode("\n\nA boat."),
+        eot,
+    ]
     assert judge.chat.ids(" What?\n", "\n\n  A boat.\n") == wanted
 
 
@@ -106,8 +117,18 @@ def test_the_body_is_llamas_and_the_right_positions_are_read(judge, tiny_judges)
     from transformers import LlamaConfig, LlamaModel
 
     c = json.loads((tiny_judges / "armorm" / "config.json").read_text())
-    sizes = {name: c[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
-                                        "num_key_value_heads", "intermediate_size", "rms_norm_eps")}  # fmt: skip
+    sizes = {
+        name: c[name]
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "intermediate_size",
+            "rms_norm_eps",
+        )
+    }
     llama = LlamaModel(LlamaConfig(**sizes, rope_parameters={"rope_type": "default", "rope_theta": 5e5})).eval()
     state = load_file(tiny_judges / "armorm" / "model.safetensors")
     body = {name.removeprefix("model."): tensor.float() for name, tensor in state.items() if name.startswith("model.")}
@@ -156,10 +177,13 @@ def broken(tmp_path):
     return tiny.write_armorm(tmp_path / "armorm")
 
 
-@pytest.mark.parametrize("name, shape, message", [
-    ("gating.layers.2.bias", None, r"gating\.layers\.2\.bias is missing"),
-    ("regression_layer.weight", (1, 32), r"regression_layer\.weight is \(1, 32\) instead of \(19, 32\)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, shape, message",
+    [
+        ("gating.layers.2.bias", None, r"gating\.layers\.2\.bias is missing"),
+        ("regression_layer.weight", (1, 32), r"regression_layer\.weight is \(1, 32\) instead of \(19, 32\)"),
+    ],
+)
 def test_a_head_that_is_not_there_is_never_random(broken, name, shape, message):
     state = load_file(broken / "model.safetensors")
     state.pop(name)
@@ -176,12 +200,15 @@ def test_surplus_tensors_are_named(broken, capsys):
     assert "1 tensors are not used: score.weight" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"architectures": ["LlamaForSequenceClassification"]}, "not an ArmoRM"),
-    ({"num_objectives": 5}, "not an ArmoRM"),
-    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope scaling"),
-    ({"hidden_size": None}, "hidden_size is None"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"architectures": ["LlamaForSequenceClassification"]}, "not an ArmoRM"),
+        ({"num_objectives": 5}, "not an ArmoRM"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope scaling"),
+        ({"hidden_size": None}, "hidden_size is None"),
+    ],
+)
 def test_another_model_is_refused(broken, change, message):
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps(config | change))

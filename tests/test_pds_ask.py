@@ -14,8 +14,17 @@ from tests.test_pds_runner import read
 @pytest.fixture
 def best(tmp_path, pairs_file):
     """Six chosen pictures, of which one failed."""
-    rows = [{"id": f"art-{i}", "topic": "art", "caption": f"caption {i}", "image": f"{i % 5}.png", "guidance": 5.0,
-             "scores": {"imagereward": 0.1}} for i in range(6)]  # fmt: skip
+    rows = [
+        {
+            "id": f"art-{i}",
+            "topic": "art",
+            "caption": f"caption {i}",
+            "image": f"{i % 5}.png",
+            "guidance": 5.0,
+            "scores": {"imagereward": 0.1},
+        }
+        for i in range(6)
+    ]
     rows[4] = {"id": "art-4", "error": "grey"}
     return write(tmp_path / "best.jsonl", rows), tmp_path / "questions.jsonl"
 
@@ -50,8 +59,14 @@ def test_questions_of_a_file_are_joined_by_id(best, capsys):
         run(file, "--out", out, "--questions", mine)
     assert status.value.code == 1
     found = {row["id"]: row.get("prompt") for row in read(out)}
-    assert found == {"art-0": "What is 0?", "art-1": "What is 1?", "art-2": None, "art-3": "What is 3?", "art-4": None,
-                     "art-5": "What is 5?"}  # fmt: skip
+    assert found == {
+        "art-0": "What is 0?",
+        "art-1": "What is 1?",
+        "art-2": None,
+        "art-3": "What is 3?",
+        "art-4": None,
+        "art-5": "What is 5?",
+    }
     assert "no question for it in" in capsys.readouterr().out
 
 

@@ -16,18 +16,24 @@ def answer(responder: str, text: str | None, score: float | None = 0.1, **more) 
 # ---- the answer, as it is exported ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text, wanted", [
-    (f"{QUESTION}  {LONG}", LONG),  # as the release stores every answer
-    (f"{QUESTION.upper()}\n\n{LONG}", LONG),
-    (f"<image> How do  the bold strokes\nadd depth? {LONG}", LONG),
-    (QUESTION, ""),
-    (LONG, LONG),
-    (f"  {LONG}\n", LONG),
-    ("How do the bold strokes look? Thick.", "How do the bold strokes look? Thick."),  # begins like it, but is not it
-    (f"{LONG} {QUESTION}", f"{LONG} {QUESTION}"),  # the release cuts the question out anywhere
-    ("first\n\nsecond\r\nthird", "first\n\nsecond\r\nthird"),
-    ("", ""),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, wanted",
+    [
+        (f"{QUESTION}  {LONG}", LONG),  # as the release stores every answer
+        (f"{QUESTION.upper()}\n\n{LONG}", LONG),
+        (f"<image> How do  the bold strokes\nadd depth? {LONG}", LONG),
+        (QUESTION, ""),
+        (LONG, LONG),
+        (f"  {LONG}\n", LONG),
+        (
+            "How do the bold strokes look? Thick.",
+            "How do the bold strokes look? Thick.",
+        ),  # begins like it, but is not it
+        (f"{LONG} {QUESTION}", f"{LONG} {QUESTION}"),  # the release cuts the question out anywhere
+        ("first\n\nsecond\r\nthird", "first\n\nsecond\r\nthird"),
+        ("", ""),
+    ],
+)
 def test_a_repeated_question_goes_and_nothing_else(text, wanted):
     assert without_echo(f"<image> {QUESTION}", text) == wanted
 
@@ -39,22 +45,25 @@ def test_the_placeholder_is_no_text():
 # ---- candidates ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("row, reason", [
-    (answer("a", None), "failed"),
-    (answer("a", LONG, None), "failed"),  # the judge could not read it
-    (answer("a", LONG, float("nan")), "failed"),
-    (answer("a", ""), "empty"),
-    (answer("a", " \n\t "), "empty"),
-    (answer("a", QUESTION), "empty"),  # nothing but the question
-    (answer("a", "сну"), "short"),
-    (answer("a", "two words"), "short"),
-    (answer("a", "just three words"), None),
-    (answer("a", LONG, finish="length"), "cut"),
-    (answer("a", "I'm sorry, but I can't see the image."), "refusal"),
-    (answer("a", "I\u2019m sorry, but I can\u2019t see the image."), "refusal"),
-    (answer("a", "As an AI language model I see nothing."), "refusal"),
-    (answer("a", "I am sure that the strokes are thick."), None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "row, reason",
+    [
+        (answer("a", None), "failed"),
+        (answer("a", LONG, None), "failed"),  # the judge could not read it
+        (answer("a", LONG, float("nan")), "failed"),
+        (answer("a", ""), "empty"),
+        (answer("a", " \n\t "), "empty"),
+        (answer("a", QUESTION), "empty"),  # nothing but the question
+        (answer("a", "сну"), "short"),
+        (answer("a", "two words"), "short"),
+        (answer("a", "just three words"), None),
+        (answer("a", LONG, finish="length"), "cut"),
+        (answer("a", "I'm sorry, but I can't see the image."), "refusal"),
+        (answer("a", "I\u2019m sorry, but I can\u2019t see the image."), "refusal"),
+        (answer("a", "As an AI language model I see nothing."), "refusal"),
+        (answer("a", "I am sure that the strokes are thick."), None),
+    ],
+)
 def test_why_an_answer_is_no_candidate(row, reason):
     assert refused_for(row, Rules()) == reason
 
@@ -85,13 +94,19 @@ def test_equals_are_decided_by_name():
     assert sides(rows) == ("a", "c", None)
 
 
-@pytest.mark.parametrize("rows, dropped", [
-    ([answer("a", LONG), answer("b", "")], "too few"),
-    ([answer("a", LONG), answer("b", None)], "too few"),
-    ([answer("a", LONG), answer("b", LONG + " So.")], "tie"),  # the release: index(max) = index(min), one answer twice
-    ([answer("a", LONG, 0.2), answer("b", f"  {LONG.upper()} ", 0.1)], "identical"),
-    ([answer("a", LONG, 0.2), answer("b", f"{QUESTION} {LONG}", 0.1)], "identical"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "rows, dropped",
+    [
+        ([answer("a", LONG), answer("b", "")], "too few"),
+        ([answer("a", LONG), answer("b", None)], "too few"),
+        (
+            [answer("a", LONG), answer("b", LONG + " So.")],
+            "tie",
+        ),  # the release: index(max) = index(min), one answer twice
+        ([answer("a", LONG, 0.2), answer("b", f"  {LONG.upper()} ", 0.1)], "identical"),
+        ([answer("a", LONG, 0.2), answer("b", f"{QUESTION} {LONG}", 0.1)], "identical"),
+    ],
+)
 def test_no_pair(rows, dropped):
     assert sides(rows) == (None, None, dropped)
 
@@ -113,5 +128,6 @@ def test_an_empty_answer_never_becomes_rejected():
 def test_answers_are_joined_by_id():
     rows = [answer("a", LONG) | {"id": 1}, answer("b", LONG) | {"id": "x"}, answer("b", LONG) | {"id": "1"}]
     assert {key: [row["responder"] for row in own] for key, own in by_question(rows).items()} == {
-        "1": ["a", "b"], "x": ["b"],
-    }  # fmt: skip
+        "1": ["a", "b"],
+        "x": ["b"],
+    }

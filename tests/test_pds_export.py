@@ -17,8 +17,10 @@ TEXTS = ("The boat is red.", "Two dogs\n\nsleep near\r\nan old door.", "A tree s
 
 def ranked(key: str, *scores, topic="art", texts=TEXTS) -> list[dict]:
     common = {"id": key, "image": f"images/{key}.png", "prompt": f"<image> What is {key}?", "topic": topic}
-    return [common | {"responder": name, "answer": text, "finish": "eos", "score": score}
-            for name, text, score in zip("abc", texts, scores, strict=True)]  # fmt: skip
+    return [
+        common | {"responder": name, "answer": text, "finish": "eos", "score": score}
+        for name, text, score in zip("abc", texts, scores, strict=True)
+    ]
 
 
 @pytest.fixture
@@ -38,10 +40,16 @@ def test_the_pairs(file, tmp_path, capsys):
     pairs = {pair["id"]: pair for pair in read(tmp_path / "set" / "pairs.jsonl")}
     assert set(pairs) == {"art-1", "art-2", "school-1"}
     assert pairs["art-1"] == {
-        "id": "art-1", "image": "images/art-1.png", "prompt": "What is art-1?", "chosen": TEXTS[1],
-        "rejected": TEXTS[0], "score_chosen": 0.3, "score_rejected": 0.1, "responder_chosen": "b",
+        "id": "art-1",
+        "image": "images/art-1.png",
+        "prompt": "What is art-1?",
+        "chosen": TEXTS[1],
+        "rejected": TEXTS[0],
+        "score_chosen": 0.3,
+        "score_rejected": 0.1,
+        "responder_chosen": "b",
         "responder_rejected": "a",
-    }  # fmt: skip
+    }
     out = capsys.readouterr().out
     assert "3 pairs of 6 questions; dropped: 1 picture, 1 tie, 1 too few" in out
     assert "answers that were no candidates: 2 empty" in out and "art-5: images/art-5.png: missing image" in out
@@ -69,8 +77,16 @@ def test_the_releases_pairs_lose_their_empty_answers():
     for i in range(1, 11):
         for side, score in (("chosen", 1.0), ("rejected", 0.0)):
             text = rejected.get(i, TEXTS[2]) if side == "rejected" else TEXTS[0]
-            rows.append({"id": f"art-{i}", "image": "x.jpg", "prompt": "<image> What?", "responder": side,
-                         "answer": f"What?  {text}", "score": score})  # fmt: skip
+            rows.append(
+                {
+                    "id": f"art-{i}",
+                    "image": "x.jpg",
+                    "prompt": "<image> What?",
+                    "responder": side,
+                    "answer": f"What?  {text}",
+                    "score": score,
+                }
+            )
     found = export.make_pairs(rows, Rules())
     assert [pair["id"] for pair in found.pairs] == [f"art-{i}" for i in (1, 5, 6, 7, 8, 9, 10)]
     assert found.dropped_answers == {"empty": 2, "short": 1} and found.dropped_pairs == {"too few": 3}
@@ -86,8 +102,10 @@ def test_nested_sizes_with_balanced_topics():
         return [taken.count(topic) for topic in ("art", "school", "urban")]
 
     assert counts(3) == [1, 1, 1] and counts(6) == [2, 2, 2] and counts(9) == [4, 3, 2] and counts(16) == [10, 4, 2]
-    orders = [[pair["id"] for pair in export.balanced_order(own, topics, seed)]
-              for own, seed in ((pairs, 0), (pairs[::-1], 0), (pairs, 1))]  # fmt: skip
+    orders = [
+        [pair["id"] for pair in export.balanced_order(own, topics, seed)]
+        for own, seed in ((pairs, 0), (pairs[::-1], 0), (pairs, 1))
+    ]
     assert orders[0] == orders[1] and orders[0] != orders[2] and sorted(orders[0]) == sorted(orders[2])
 
 
@@ -111,14 +129,25 @@ def test_pictures_outside_the_folder_are_no_pairs(file, tmp_path):
 
 def test_the_card_says_where_everything_came_from(file, tmp_path):
     write(tmp_path / "answers.jsonl", [{"id": "x"}, {"id": "y", "error": "HTTP 500"}])
-    (tmp_path / "ranked.settings.json").write_text(json.dumps({
-        "stage": "rank_responses", "in": "answers.jsonl",
-        "judge": {"model": "RLHFlow/ArmoRM-Llama3-8B-v0.1", "revision": "abc", "weights_sha256": "1"},
-    }))  # fmt: skip
-    (tmp_path / "answers.settings.json").write_text(json.dumps({
-        "stage": "responses", "in": "questions.jsonl", "seed": 3,
-        "responders": {"a": {"model": "/home/somebody/my-model", "revision": None, "weights_sha256": "77"}},
-    }))  # fmt: skip
+    (tmp_path / "ranked.settings.json").write_text(
+        json.dumps(
+            {
+                "stage": "rank_responses",
+                "in": "answers.jsonl",
+                "judge": {"model": "RLHFlow/ArmoRM-Llama3-8B-v0.1", "revision": "abc", "weights_sha256": "1"},
+            }
+        )
+    )
+    (tmp_path / "answers.settings.json").write_text(
+        json.dumps(
+            {
+                "stage": "responses",
+                "in": "questions.jsonl",
+                "seed": 3,
+                "responders": {"a": {"model": "/home/somebody/my-model", "revision": None, "weights_sha256": "77"}},
+            }
+        )
+    )
     export.main([str(file), "--out", str(tmp_path / "set"), "--min-margin", "0.05"])
     text = (tmp_path / "set" / "README.md").read_text()
     assert text.startswith("---\n") and "data_files: pairs.jsonl" in text
@@ -147,10 +176,27 @@ def test_nothing_left_is_said(tmp_path):
 
 def test_train_takes_a_step_on_the_export(file, tmp_path, tiny_base):
     export.main([str(file), "--out", str(tmp_path / "set")])
-    train.main([
-        "--base", str(tiny_base), "--recipe", "pds-dpo", "--data", str(tmp_path / "set" / "pairs.jsonl"),
-        "--out", str(tmp_path / "run"), "--batch", "3", "--epochs", "1", "--max-steps", "1", "--workers", "0",
-        "--lora-r", "2",
-    ])  # fmt: skip
+    train.main(
+        [
+            "--base",
+            str(tiny_base),
+            "--recipe",
+            "pds-dpo",
+            "--data",
+            str(tmp_path / "set" / "pairs.jsonl"),
+            "--out",
+            str(tmp_path / "run"),
+            "--batch",
+            "3",
+            "--epochs",
+            "1",
+            "--max-steps",
+            "1",
+            "--workers",
+            "0",
+            "--lora-r",
+            "2",
+        ]
+    )
     [line] = read(tmp_path / "run" / "log.jsonl")
     assert line["loss"] == pytest.approx(0.6931, abs=1e-3)

@@ -99,19 +99,40 @@ def transformers_twin(state: dict, config: dict):
     from transformers.models.blip.modeling_blip import BlipVisionModel
     from transformers.models.blip.modeling_blip_text import BlipTextModel
 
-    vision = BlipVisionModel(BlipVisionConfig(
-        hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=1, image_size=32,
-        patch_size=16, layer_norm_eps=1e-6,
-    ))  # fmt: skip
-    text = BlipTextModel(BlipTextConfig(
-        vocab_size=config["vocab_size"], hidden_size=32, encoder_hidden_size=64, intermediate_size=48,
-        num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64, is_decoder=True,
-    ), add_pooling_layer=False)  # fmt: skip
+    vision = BlipVisionModel(
+        BlipVisionConfig(
+            hidden_size=64,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=1,
+            image_size=32,
+            patch_size=16,
+            layer_norm_eps=1e-6,
+        )
+    )
+    text = BlipTextModel(
+        BlipTextConfig(
+            vocab_size=config["vocab_size"],
+            hidden_size=32,
+            encoder_hidden_size=64,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+            is_decoder=True,
+        ),
+        add_pooling_layer=False,
+    )
     table = {
-        "cls_token": "embeddings.class_embedding", "pos_embed": "embeddings.position_embedding",
-        "patch_embed.proj": "embeddings.patch_embedding", "blocks": "encoder.layers", "norm1": "layer_norm1",
-        "norm2": "layer_norm2", "attn.qkv": "self_attn.qkv", "attn.proj": "self_attn.projection",
-    }  # fmt: skip
+        "cls_token": "embeddings.class_embedding",
+        "pos_embed": "embeddings.position_embedding",
+        "patch_embed.proj": "embeddings.patch_embedding",
+        "blocks": "encoder.layers",
+        "norm1": "layer_norm1",
+        "norm2": "layer_norm2",
+        "attn.qkv": "self_attn.qkv",
+        "attn.proj": "self_attn.projection",
+    }
     pictures, texts = {}, {}
     for name, tensor in state.items():
         if name.startswith("blip.visual_encoder."):
@@ -179,11 +200,17 @@ def rewritten(tiny_judges, folder, change) -> imagereward.Files:
     return found._replace(weights=folder / "ImageReward.pt")
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda s: s.pop("mlp.layers.4.weight"), r"mlp\.layers\.4\.weight is missing"),
-    (lambda s: s.update({"mlp.layers.7.bias": torch.zeros(2)}), r"mlp\.layers\.7\.bias is \(2,\) instead of \(1,\)"),
-    (lambda s: s.pop("blip.visual_encoder.pos_embed"), "missing: visual_encoder.pos_embed"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda s: s.pop("mlp.layers.4.weight"), r"mlp\.layers\.4\.weight is missing"),
+        (
+            lambda s: s.update({"mlp.layers.7.bias": torch.zeros(2)}),
+            r"mlp\.layers\.7\.bias is \(2,\) instead of \(1,\)",
+        ),
+        (lambda s: s.pop("blip.visual_encoder.pos_embed"), "missing: visual_encoder.pos_embed"),
+    ],
+)
 def test_weights_that_do_not_fit_are_refused_by_name(tiny_judges, tmp_path, change, message):
     with pytest.raises(SystemExit, match=message):
         imagereward.load_imagereward(rewritten(tiny_judges, tmp_path, change))

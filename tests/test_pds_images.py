@@ -35,9 +35,14 @@ def test_a_row_and_a_file_per_prompt_and_scale(command):
     rows = {row["id"]: row for row in read(out)}
     assert set(rows) == {f"{key}/g{g}" for key in ("art-1", "school-1", "art-2") for g in (5, 11)}
     assert rows["art-2/g11"] == {
-        "id": "art-2/g11", "prompt_id": "art-2", "topic": "art", "caption": "a red boat near art-2", "guidance": 11.0,
-        "seed": rows["art-2/g11"]["seed"], "image": "images/art-2-g11.png",
-    }  # fmt: skip
+        "id": "art-2/g11",
+        "prompt_id": "art-2",
+        "topic": "art",
+        "caption": "a red boat near art-2",
+        "guidance": 11.0,
+        "seed": rows["art-2/g11"]["seed"],
+        "image": "images/art-2-g11.png",
+    }
     assert len({row["seed"] for row in rows.values()}) == 6 and 0 <= rows["art-1/g5"]["seed"] < 2**32
     shapes = {picture.shape for picture in pixels(out).values()}
     assert shapes == {(32, 32, 3)}
@@ -53,8 +58,13 @@ def test_a_picture_is_what_the_pipeline_paints_for_its_caption_scale_and_seed(co
     pipeline.set_progress_bar_config(disable=True)
     found = pixels(out)
     for row in read(out):
-        plain = pipeline(prompt=row["caption"], negative_prompt="", guidance_scale=row["guidance"],
-                         num_inference_steps=2, generator=torch.Generator().manual_seed(row["seed"]))  # fmt: skip
+        plain = pipeline(
+            prompt=row["caption"],
+            negative_prompt="",
+            guidance_scale=row["guidance"],
+            num_inference_steps=2,
+            generator=torch.Generator().manual_seed(row["seed"]),
+        )
         assert np.abs(np.asarray(plain.images[0]).astype(int) - found[row["id"]]).max() <= 1
     assert (
         np.abs(found["art-1/g5"] - found["art-1/g11"]).max() > 8 < np.abs(found["art-1/g5"] - found["art-2/g5"]).max()
@@ -154,10 +164,13 @@ def test_an_argument_that_the_pipeline_does_not_have(command):
         images.main([*args, "--scale-argument", "true_cfg_scale"])
 
 
-@pytest.mark.parametrize("index", [
-    {"_class_name": ["pipeline", "MyPipeline"]},
-    {"_class_name": "StableDiffusion3Pipeline", "transformer": ["my_transformer", "Model"]},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "index",
+    [
+        {"_class_name": ["pipeline", "MyPipeline"]},
+        {"_class_name": "StableDiffusion3Pipeline", "transformer": ["my_transformer", "Model"]},
+    ],
+)
 def test_a_pipeline_that_brings_code_is_refused(command, tmp_path, index):
     args, _ = command
     (tmp_path / "model").mkdir()

@@ -54,13 +54,16 @@ moody.asked = []
 
 def run_judge(out, models) -> None:
     """What is left of run_stages when a stage ended with a failed row."""
-    pds_demo.run(pds_demo.rank_responses, out / "answers.jsonl", "--out", out / "ranked.jsonl", "--armorm",
-                 models / "armorm")  # fmt: skip
+    pds_demo.run(
+        pds_demo.rank_responses, out / "answers.jsonl", "--out", out / "ranked.jsonl", "--armorm", models / "armorm"
+    )
 
 
 def test_every_stage_has_its_rows(finished):
-    counts = {name: len(read(finished / f"{name}.jsonl")) for name in
-              ("prompts", "images", "scores", "best", "questions", "answers", "ranked")}  # fmt: skip
+    counts = {
+        name: len(read(finished / f"{name}.jsonl"))
+        for name in ("prompts", "images", "scores", "best", "questions", "answers", "ranked")
+    }
     assert counts == {"prompts": 6, "images": 24, "scores": 24, "best": 6, "questions": 6, "answers": 18, "ranked": 18}
     assert {row["topic"] for row in read(finished / "best.jsonl")} == {"art", "school"}
     for row in read(finished / "best.jsonl"):
@@ -91,13 +94,38 @@ def test_pairs_figures_and_a_step_of_training(finished, models, tmp_path, capsys
     for stage in ("prompts", "images", "rank_images", "ask", "responses", "rank_responses"):
         assert f"| {stage} | " in card
     assert "| responses | answers.jsonl | 18 | 1 | 0 |" in card
-    analyse.main([str(finished / "scores.jsonl"), str(finished / "ranked.jsonl"), "--sheet", str(tmp_path / "s.png"),
-                  "--json", str(tmp_path / "a.json")])  # fmt: skip
+    analyse.main(
+        [
+            str(finished / "scores.jsonl"),
+            str(finished / "ranked.jsonl"),
+            "--sheet",
+            str(tmp_path / "s.png"),
+            "--json",
+            str(tmp_path / "a.json"),
+        ]
+    )
     found = json.loads((tmp_path / "a.json").read_text())
     assert found["images"]["prompts"] == 6 and set(found["answers"]["responders"]) == set("abq")
-    train.main(["--recipe", "pds-dpo", "--base", str(models / "base"), "--out", str(tmp_path / "run"), "--batch", "2",
-                "--data", str(tmp_path / "pairs" / "pairs.jsonl"), "--max-steps", "1", "--lora-r", "2",
-                "--workers", "0"])  # fmt: skip
+    train.main(
+        [
+            "--recipe",
+            "pds-dpo",
+            "--base",
+            str(models / "base"),
+            "--out",
+            str(tmp_path / "run"),
+            "--batch",
+            "2",
+            "--data",
+            str(tmp_path / "pairs" / "pairs.jsonl"),
+            "--max-steps",
+            "1",
+            "--lora-r",
+            "2",
+            "--workers",
+            "0",
+        ]
+    )
     [line] = read(tmp_path / "run" / "log.jsonl")
     assert line["loss"] == pytest.approx(0.6931, abs=1e-3)
 
@@ -124,9 +152,10 @@ def test_two_processes_by_shards_make_the_same_set(models, tmp_path):
         parts = [without_machine(row) for i in range(2) for row in read(tmp_path / f"shard-{i}" / f"{name}.jsonl")]
         wanted = [without_machine(row) for row in read(whole / f"{name}.jsonl")]
         assert sorted(map(json.dumps, parts)) == sorted(map(json.dumps, wanted)), name
-    scores = [{row["id"]: row["scores"]["imagereward"] for folder in folders
-               for row in read(folder / "scores.jsonl")}
-              for folders in ([whole], [tmp_path / "shard-0", tmp_path / "shard-1"])]  # fmt: skip
+    scores = [
+        {row["id"]: row["scores"]["imagereward"] for folder in folders for row in read(folder / "scores.jsonl")}
+        for folders in ([whole], [tmp_path / "shard-0", tmp_path / "shard-1"])
+    ]
     assert scores[0] == pytest.approx(scores[1], abs=1e-4)
     best, _ = rank_images.best_images(read(whole / "scores.jsonl"), "imagereward")
     assert {row["id"] for row in best} == {row["id"] for row in read(whole / "prompts.jsonl")}

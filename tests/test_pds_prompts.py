@@ -18,14 +18,17 @@ def run(*argv) -> None:
 # ---- near-duplicates -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("first, second, near", [
-    ("a b c d e", "A, b c d e!", True),  # the same words
-    ("a b c d e", "a b c d", True),  # 4 of 5: 0.8
-    ("a b c d e", "a b c d x", False),  # 4 of 6
-    ("a b c d e f g h i", "a b c d e f g h x", True),  # 8 of 10: 0.8
-    ("a b c d e f g h", "a b c d e f g x", False),  # 7 of 9: 0.78
-    ("a", "b", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "first, second, near",
+    [
+        ("a b c d e", "A, b c d e!", True),  # the same words
+        ("a b c d e", "a b c d", True),  # 4 of 5: 0.8
+        ("a b c d e", "a b c d x", False),  # 4 of 6
+        ("a b c d e f g h i", "a b c d e f g h x", True),  # 8 of 10: 0.8
+        ("a b c d e f g h", "a b c d e f g x", False),  # 7 of 9: 0.78
+        ("a", "b", False),
+    ],
+)
 def test_near_duplicates_by_hand(first, second, near):
     for pair in ((first, second), (second, first)):
         seen = prompts.Seen()
@@ -116,8 +119,17 @@ def reply(body: dict) -> str:
     lines = [
         f"{i}. \u201cA {word} {place}x{i} {word}y stands {word}z\u201d" for i, word in enumerate(("red", "blue"), 1)
     ]
-    return "\n".join(["Here you are:", *lines, f"- A green {place} in {place}w fog", "", "too short", "w " * 99,
-                      f"* Three {place}v birds above {place}u roofs"])  # fmt: skip
+    return "\n".join(
+        [
+            "Here you are:",
+            *lines,
+            f"- A green {place} in {place}w fog",
+            "",
+            "too short",
+            "w " * 99,
+            f"* Three {place}v birds above {place}u roofs",
+        ]
+    )
 
 
 def test_an_endpoint_is_asked_per_topic_and_its_lines_are_numbered(tmp_path):
@@ -171,8 +183,10 @@ def test_nothing_is_numbered_before_all_replies_are_there(tmp_path):
         assert len(server.seen) == 3 and len(read(tmp_path / "p.jsonl")) == 8
 
 
-@pytest.mark.parametrize("flags", [[], ["--grammar", "--file", "x"], ["--endpoint", "http://h/v1"],
-                                   ["--file", "x", "--topic", "a", "--topic", "b"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags",
+    [[], ["--grammar", "--file", "x"], ["--endpoint", "http://h/v1"], ["--file", "x", "--topic", "a", "--topic", "b"]],
+)
 def test_one_source(tmp_path, flags):
     with pytest.raises(SystemExit) as error:
         run(*flags, "--out", tmp_path / "p.jsonl")

@@ -23,9 +23,14 @@ def write(file: Path, rows: list[dict]) -> Path:
 
 
 def candidate(prompt: str, guidance: float, scores: dict | None = None) -> dict:
-    row = {"id": f"{prompt}/g{guidance:g}", "prompt_id": prompt, "topic": prompt.split("-")[0],
-           "caption": f"a picture of {prompt}", "guidance": guidance,
-           "image": f"{prompt}-g{guidance:g}.png"}  # fmt: skip
+    row = {
+        "id": f"{prompt}/g{guidance:g}",
+        "prompt_id": prompt,
+        "topic": prompt.split("-")[0],
+        "caption": f"a picture of {prompt}",
+        "guidance": guidance,
+        "image": f"{prompt}-g{guidance:g}.png",
+    }
     return row | ({} if scores is None else {"scores": scores})
 
 

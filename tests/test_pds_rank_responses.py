@@ -112,9 +112,16 @@ def classifier(tmp_path_factory, tiny_judges):
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|eot_id|>{% endfor %}"
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=1,
-                         num_attention_heads=2, num_labels=1, pad_token_id=tokenizer.pad_token_id,
-                         max_position_embeddings=256)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_labels=1,
+        pad_token_id=tokenizer.pad_token_id,
+        max_position_embeddings=256,
+    )
     LlamaForSequenceClassification(config).save_pretrained(folder)
     return folder
 
@@ -130,20 +137,25 @@ def test_any_sequence_classifier_ranks_and_a_batch_is_as_good_as_one(command, cl
         if "score" in row:
             [(alone, rewards)] = judge.score([QUESTION], [row["answer"]])
             assert together[row["id"], row["responder"]] == pytest.approx(alone, abs=1e-5) and row["rewards"] == {}
-            ids = judge.tokenizer(f"user: {QUESTION}<|eot_id|>assistant: {row['answer'].strip()}<|eot_id|>",
-                                  add_special_tokens=False)["input_ids"]  # fmt: skip
+            ids = judge.tokenizer(
+                f"user: {QUESTION}<|eot_id|>assistant: {row['answer'].strip()}<|eot_id|>", add_special_tokens=False
+            )["input_ids"]
             assert judge.ids(QUESTION, row["answer"]) == ids
     judge.pads = False  # no padding token: one at a time, the same scores
     assert judge.score([QUESTION] * 2, ["A tree.", "Two dogs sleep."])[0][0] == pytest.approx(
-        judge.score([QUESTION], ["A tree."])[0][0], abs=1e-6)  # fmt: skip
+        judge.score([QUESTION], ["A tree."])[0][0], abs=1e-6
+    )
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"auto_map": {"AutoModel": "evil.Model"}}, "wants remote code"),
-    ({"num_labels": 3, "id2label": {"0": "a", "1": "b", "2": "c"}}, "no weights for .*score.weight"),
-    ({"num_hidden_layers": 2}, r"no weights for .*layers\.1\."),
-    ({"model_type": "no-such-model"}, "not a sequence classifier"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"auto_map": {"AutoModel": "evil.Model"}}, "wants remote code"),
+        ({"num_labels": 3, "id2label": {"0": "a", "1": "b", "2": "c"}}, "no weights for .*score.weight"),
+        ({"num_hidden_layers": 2}, r"no weights for .*layers\.1\."),
+        ({"model_type": "no-such-model"}, "not a sequence classifier"),
+    ],
+)
 def test_a_classifier_that_cannot_be_trusted_is_refused(classifier, tmp_path, change, message):
     for file in classifier.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())

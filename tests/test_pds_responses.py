@@ -110,8 +110,19 @@ def test_a_weight_that_is_not_there_is_never_random(questions, tiny_generators):
 def test_a_model_of_transformers_is_asked_through_its_chat_template(questions, library_base):
     """The same base, read by transformers: template and picture are ours, so its greedy answers are ours too."""
     file, out = questions
-    run(file, "--out", out, "--responder", f"ours=base:{library_base}", "--responder", f"theirs={library_base}",
-        "--max-new-tokens", 12, "--batch", 4)  # fmt: skip
+    run(
+        file,
+        "--out",
+        out,
+        "--responder",
+        f"ours=base:{library_base}",
+        "--responder",
+        f"theirs={library_base}",
+        "--max-new-tokens",
+        12,
+        "--batch",
+        4,
+    )
     ours, theirs = by_responder(out, "ours"), by_responder(out, "theirs")
     for key, row in theirs.items():
         assert row["answer"] and "What is" not in row["answer"] and "USER" not in row["answer"]
@@ -186,8 +197,19 @@ def test_an_endpoint_that_dies_is_not_asked_for_ever(questions):
 def test_killed_and_resumed(questions, tiny_generators):
     file, out = questions
     spec = f"base:{tiny_generators / 'base'}?temperature=1"
-    args = [str(file), "--out", str(out), "--responder", f"a={spec}&seed=1", "--responder", f"b={spec}&seed=2",
-            "--max-new-tokens", "4", "--batch", "1"]  # fmt: skip
+    args = [
+        str(file),
+        "--out",
+        str(out),
+        "--responder",
+        f"a={spec}&seed=1",
+        "--responder",
+        f"b={spec}&seed=2",
+        "--max-new-tokens",
+        "4",
+        "--batch",
+        "1",
+    ]
     killed_three_times(responses.main, args, out, seed=5)
 
 
@@ -202,13 +224,16 @@ def test_three_shards_joined_are_one_run(questions, tiny_generators):
     assert sorted(map(json.dumps, joined)) == sorted(map(json.dumps, read(out)))
 
 
-@pytest.mark.parametrize("spec, message", [
-    ("llava", "give NAME=SPEC"),
-    ("a=http://host/v1", "which model of the endpoint"),
-    ("a=base:x?colour=red", "no option colour; known: adapter"),
-    ("a=base:/no/such/folder", "no checkpoint folder"),
-    ("a=/no/such/folder", "neither a folder with a config.json nor a name on the hub"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ("llava", "give NAME=SPEC"),
+        ("a=http://host/v1", "which model of the endpoint"),
+        ("a=base:x?colour=red", "no option colour; known: adapter"),
+        ("a=base:/no/such/folder", "no checkpoint folder"),
+        ("a=/no/such/folder", "neither a folder with a config.json nor a name on the hub"),
+    ],
+)
 def test_a_responder_that_cannot_be_one(questions, spec, message):
     file, out = questions
     with pytest.raises(SystemExit, match=message):

@@ -296,16 +296,19 @@ def test_two_processes_never_write_one_file(numbers):
 # ---- what goes in --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text, message", [
-    ('{"id": "a", "n": 1}\n{"id": "a", "n": 2}\n', r"in.jsonl:2: a was there before, at .*in.jsonl:1"),
-    ('{"id": "a", "n": 1}\n\n{"n": 2}\n', r"in.jsonl:3: no `id`"),
-    ('{"id": true, "n": 1}\n', r"in.jsonl:1: no `id`"),
-    ('{"id": "a"}\n', r"in.jsonl:1: id a has no `n`"),
-    ('{"id": "a", "n": "1"}\n', r"in.jsonl:1: id a: `n` is \"1\", which is of the wrong kind"),
-    ("", r"in.jsonl: no rows"),
-    ('{"id": "a", "n": 1}\n{"id": ', r"in.jsonl:2: broken JSON"),
-    (b'{"id": "a", "n": 1}\n{"id": "\xff", "n": 1}\n', r"in.jsonl:2: not UTF-8"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('{"id": "a", "n": 1}\n{"id": "a", "n": 2}\n', r"in.jsonl:2: a was there before, at .*in.jsonl:1"),
+        ('{"id": "a", "n": 1}\n\n{"n": 2}\n', r"in.jsonl:3: no `id`"),
+        ('{"id": true, "n": 1}\n', r"in.jsonl:1: no `id`"),
+        ('{"id": "a"}\n', r"in.jsonl:1: id a has no `n`"),
+        ('{"id": "a", "n": "1"}\n', r"in.jsonl:1: id a: `n` is \"1\", which is of the wrong kind"),
+        ("", r"in.jsonl: no rows"),
+        ('{"id": "a", "n": 1}\n{"id": ', r"in.jsonl:2: broken JSON"),
+        (b'{"id": "a", "n": 1}\n{"id": "\xff", "n": 1}\n', r"in.jsonl:2: not UTF-8"),
+    ],
+)
 def test_bad_input_is_named_by_file_and_line_before_anything_is_loaded(numbers, text, message):
     file, out = numbers
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -327,8 +330,10 @@ def test_answers_are_found_by_id_and_responder(tmp_path):
 
 def test_line_ends_inside_a_text_survive(tmp_path):
     file, texts = tmp_path / "in.jsonl", ["one\ntwo", "one\r\ntwo\rthree", "a\u2028b\x85c"]
-    file.write_text("".join(json.dumps({"id": str(i), "n": i, "t": t}, ensure_ascii=False) + "\n"
-                            for i, t in enumerate(texts)), newline="")  # fmt: skip
+    file.write_text(
+        "".join(json.dumps({"id": str(i), "n": i, "t": t}, ensure_ascii=False) + "\n" for i, t in enumerate(texts)),
+        newline="",
+    )
     out = tmp_path / "out.jsonl"
     stage([file, "--out", out])
     assert [row["t"] for row in runner.read_inputs(out, {})] == texts

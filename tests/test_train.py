@@ -21,9 +21,25 @@ from losses import Logps
 
 def run(base, data, out, *flags):
     torch.manual_seed(0)
-    folder = train.train(train.parse_args(
-        ["--base", str(base), "--data", str(data), "--out", str(out), "--workers", "0", "--lora-r", "4",
-         "--lora-alpha", "8", *map(str, flags)]))  # fmt: skip
+    folder = train.train(
+        train.parse_args(
+            [
+                "--base",
+                str(base),
+                "--data",
+                str(data),
+                "--out",
+                str(out),
+                "--workers",
+                "0",
+                "--lora-r",
+                "4",
+                "--lora-alpha",
+                "8",
+                *map(str, flags),
+            ]
+        )
+    )
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return log, load_file(folder / "adapter_model.safetensors")
 
@@ -161,7 +177,15 @@ def test_learning_rate_by_hand():
 def test_recipes_are_the_papers():
     a = train.parse_args(["--base", "llava-1.5-7b"])
     assert (a.lr, a.epochs, a.batch, a.warmup, a.beta, a.delta, a.lora_r, a.lora_alpha) == (
-        1e-5, 3, 32, 0.1, 0.1, 0.0, 64, 128.0)  # fmt: skip
+        1e-5,
+        3,
+        32,
+        0.1,
+        0.1,
+        0.0,
+        64,
+        128.0,
+    )
     assert a.terms == ("dpo", "copo", "ancpo") and a.anchors == ("w",) and a.rejected_image is None
     assert (a.adam_beta2, a.weight_decay, a.clip) == (0.98, 0.05, 1.0)
     p = train.parse_args(["--base", "llava-1.5-7b", "--recipe", "pds-dpo"])
@@ -172,8 +196,13 @@ def test_recipes_are_the_papers():
 
 
 def test_unknown_terms_and_flags_that_exclude_each_other_are_named(capsys):
-    wrong = [("--terms dpo,kto", "kto"), ("--anchors x", "x"), ("--batch 0", "--batch"), ("--checkpointing all", "all"),
-             ("--reference cached --no-pack", "--pack")]  # fmt: skip
+    wrong = [
+        ("--terms dpo,kto", "kto"),
+        ("--anchors x", "x"),
+        ("--batch 0", "--batch"),
+        ("--checkpointing all", "all"),
+        ("--reference cached --no-pack", "--pack"),
+    ]
     for flags, named in wrong:
         with pytest.raises(SystemExit):
             train.parse_args(["--base", "x", *flags.split()])
@@ -213,8 +242,17 @@ train.main(["--base", {str(tiny_base)!r}, "--data", {str(pairs_file)!r}, "--out"
 
 @pytest.mark.parametrize("margin, shown", [(-0.1234, "-0.1234"), (0.1234, " 0.1234"), (-12.5, "-12.5000")])
 def test_the_line_keeps_the_sign(margin, shown):
-    row = {"step": 3, "loss": 0.5, "losses/dpo": 0.5, "rewards/margins": margin, "rewards/accuracies": 0.5, "lr": 1e-5,
-           "grad_norm": 1.0, "pairs_per_s": 2.0, "peak_gib": 1.0}  # fmt: skip
+    row = {
+        "step": 3,
+        "loss": 0.5,
+        "losses/dpo": 0.5,
+        "rewards/margins": margin,
+        "rewards/accuracies": 0.5,
+        "lr": 1e-5,
+        "grad_norm": 1.0,
+        "pairs_per_s": 2.0,
+        "peak_gib": 1.0,
+    }
     assert f"| {shown} " in line(row, 9)
 
 

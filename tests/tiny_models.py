@@ -34,10 +34,24 @@ def randomise(model: torch.nn.Module, seed: int) -> torch.nn.Module:
 
 
 def llava(kv_heads: int = 4, seed: int = 0) -> LlavaForConditionalGeneration:
-    text = LlamaConfig(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-                       num_key_value_heads=kv_heads, rms_norm_eps=1e-5)  # fmt: skip
-    vision = CLIPVisionConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2,
-                              image_size=42, patch_size=14, projection_dim=8)  # fmt: skip
+    text = LlamaConfig(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=kv_heads,
+        rms_norm_eps=1e-5,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=42,
+        patch_size=14,
+        projection_dim=8,
+    )
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,
@@ -70,12 +84,37 @@ def rename(state: dict[str, Tensor], table: dict[str, str]) -> dict[str, Tensor]
 def sparse_config(model: LlavaForConditionalGeneration) -> dict:
     """Like the hub's: only what differs from Llama's and CLIP's defaults."""
     t, v = model.config.text_config, model.config.vision_config
-    text = {k: getattr(t, k) for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                                       "num_attention_heads", "num_key_value_heads", "rms_norm_eps")}  # fmt: skip
-    vision = {k: getattr(v, k) for k in ("hidden_size", "intermediate_size", "num_hidden_layers",
-                                         "num_attention_heads", "image_size", "patch_size")}  # fmt: skip
-    return {"model_type": "llava", "text_config": text, "vision_config": vision, "image_token_index": IMAGE_ID,
-            "pad_token_id": PAD_ID, "vision_feature_layer": -2}  # fmt: skip
+    text = {
+        k: getattr(t, k)
+        for k in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "rms_norm_eps",
+        )
+    }
+    vision = {
+        k: getattr(v, k)
+        for k in (
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "image_size",
+            "patch_size",
+        )
+    }
+    return {
+        "model_type": "llava",
+        "text_config": text,
+        "vision_config": vision,
+        "image_token_index": IMAGE_ID,
+        "pad_token_id": PAD_ID,
+        "vision_feature_layer": -2,
+    }
 
 
 HUB = {
@@ -120,11 +159,15 @@ def write_original(model: LlavaForConditionalGeneration, folder: Path) -> Path:
     clip = folder.parent / "some-clip"
     folder.mkdir(parents=True)
     clip.mkdir()
-    state = rename(model.state_dict(), {
-        "model.language_model.": "model.", "model.vision_tower.": "vision_model.",
-        "model.multi_modal_projector.linear_1.": "model.mm_projector.0.",
-        "model.multi_modal_projector.linear_2.": "model.mm_projector.2.",
-    })  # fmt: skip
+    state = rename(
+        model.state_dict(),
+        {
+            "model.language_model.": "model.",
+            "model.vision_tower.": "vision_model.",
+            "model.multi_modal_projector.linear_1.": "model.mm_projector.0.",
+            "model.multi_modal_projector.linear_2.": "model.mm_projector.2.",
+        },
+    )
     vision = {n: state.pop(n) for n in list(state) if n.startswith("vision_model.")}
     vision |= {"vision_model.embeddings.position_ids": torch.arange(10)[None], "logit_scale": torch.ones(())}
     vision |= {"text_model.final_layer_norm.weight": torch.ones(4), "visual_projection.weight": torch.ones(8, 16)}
@@ -139,10 +182,17 @@ def write_original(model: LlavaForConditionalGeneration, folder: Path) -> Path:
         table |= dict.fromkeys(names, file)
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": table}))
     config = sparse_config(model)["text_config"] | {
-        "model_type": "llava", "mm_vision_tower": "openai/some-clip", "mm_hidden_size": 16, "pad_token_id": 0,
-        "mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch",
-        "bos_token_id": 1, "eos_token_id": 2, "rope_scaling": None,
-    }  # fmt: skip
+        "model_type": "llava",
+        "mm_vision_tower": "openai/some-clip",
+        "mm_hidden_size": 16,
+        "pad_token_id": 0,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_layer": -2,
+        "mm_vision_select_feature": "patch",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "rope_scaling": None,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -197,9 +247,16 @@ def phi_and_siglip(
         rope_parameters=rope,
     )
     phi = PhiForCausalLM(config)
-    siglip = SiglipVisionModel(SiglipVisionConfig(
-        hidden_size=48, intermediate_size=72, num_hidden_layers=4, num_attention_heads=4, image_size=44, patch_size=14,
-    ))  # fmt: skip
+    siglip = SiglipVisionModel(
+        SiglipVisionConfig(
+            hidden_size=48,
+            intermediate_size=72,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            image_size=44,
+            patch_size=14,
+        )
+    )
     phi, siglip = randomise(phi, seed), randomise(siglip, seed + 1)
     phi.lm_head.bias.data.zero_()
     return phi, siglip
@@ -212,8 +269,17 @@ def write_bunny(phi: PhiForCausalLM, siglip: SiglipVisionModel, folder: Path, ow
     tower.mkdir(exist_ok=True)
     vision = {"vision_model." + n.removeprefix("vision_model."): t.clone() for n, t in siglip.state_dict().items()}
     save_file(vision | {"logit_bias": torch.ones(1)}, tower / "model.safetensors", metadata={"format": "pt"})
-    sizes = {k: getattr(siglip.config, k) for k in ("hidden_size", "intermediate_size", "num_hidden_layers",
-                                                    "num_attention_heads", "image_size", "patch_size")}  # fmt: skip
+    sizes = {
+        k: getattr(siglip.config, k)
+        for k in (
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "image_size",
+            "patch_size",
+        )
+    }
     sizes["layer_norm_eps"] = 1e-6
     (tower / "config.json").write_text(json.dumps({"model_type": "siglip", "vision_config": sizes}))
     state = {n: t.clone() for n, t in phi.state_dict().items() if n != "lm_head.bias"}
