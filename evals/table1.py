@@ -71,7 +71,7 @@ NEEDED = {
         Needed("AMBER/data/annotations.json", AMBER),
         Needed("AMBER/data/relation.json", AMBER),
         Needed("AMBER/data/safe_words.txt", AMBER),
-        Needed("AMBER/image", f"pictures: the link in the README of {AMBER}"),
+        Needed("AMBER/image", f"the link in the README of {AMBER}"),
         *[Needed(f"tagger/averaged_perceptron_tagger_eng.{part}.json", TAGGER) for part in amber.TAGGER_PARTS],
     ],
     "mmhal": [

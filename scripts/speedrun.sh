@@ -3,7 +3,7 @@
 # certificate; the wall-clock of each part stands in OUT/wall-clock.txt.
 #
 #     scripts/speedrun.sh                                          needs a network, one GPU and the benchmarks' files
-#     JUDGE="--judge URL --judge-model M" scripts/speedrun.sh      with a judge for MMHal-Bench (docs/evaluation.md)
+#     JUDGE="--judge URL --judge-model M" scripts/speedrun.sh      MMHal-Bench too, which needs a judge (docs/evaluation.md)
 #     BASE=toy scripts/speedrun.sh                                 the same steps in a toy world, on a CPU, in minutes
 #
 # The real run has not been made yet: nobody has had the GPU. The toy one is tested, in a small world. A run that was
@@ -36,6 +36,11 @@ if [ "$BASE" = toy ]; then
 else
     base=$BASE
     data=mdpo-10k
+    table=(--base "$base" --data "$BENCHMARKS" "${judge[@]}")
+    if [ ${#judge[@]} -eq 0 ]; then table+=(--parts objhal amber); fi
+    # what is missing for the table is said now, not after hours of training
+    "$PYTHON" -c "import sys; from evals import table1; table1.check_ready(table1.parse_args(sys.argv[1:]))" \
+        "${table[@]}" --out "$OUT/base"
     part download "$PYTHON" -c "from bases import checkpoint; from formats import hub_data; checkpoint.resolve('$BASE'); hub_data.fetch('$data')"
 fi
 
@@ -52,8 +57,8 @@ if [ "$BASE" = toy ]; then # its own table was printed after training and stands
         --out "$OUT/answers.jsonl" --max-new-tokens 40
     part report "$PYTHON" -m lab.report "$run" --curves "$OUT/curves.svg"
 else
-    part answer-and-score "$PYTHON" -m evals.table1 --base "$base" --adapter "$run" --data "$BENCHMARKS" "${judge[@]}"
-    part answer-and-score-base "$PYTHON" -m evals.table1 --base "$base" --out "$OUT/base" --data "$BENCHMARKS" "${judge[@]}"
+    part answer-and-score "$PYTHON" -m evals.table1 "${table[@]}" --adapter "$run"
+    part answer-and-score-base "$PYTHON" -m evals.table1 "${table[@]}" --out "$OUT/base"
     part report "$PYTHON" -m lab.report "$OUT/base" "$run" --table --curves "$OUT/curves.svg"
 fi
 

@@ -82,6 +82,16 @@ def test_the_speedrun_in_a_small_toy_world(tmp_path):
     assert len((out / "answers.jsonl").read_text().splitlines()) == 4  # the held-out pairs
 
 
+def test_the_speedrun_names_missing_benchmarks_before_it_downloads_or_trains(tmp_path):
+    settings = dict(OUT=str(tmp_path / "out"), BENCHMARKS=str(tmp_path / "none"), PYTHON=sys.executable, JUDGE="")
+    command = ["bash", "scripts/speedrun.sh"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "objhal/synonyms_refine.txt" in done.stderr and "Nothing was started" in done.stderr
+    assert "mmhal" not in done.stderr  # no judge: that part is left out
+    assert not (tmp_path / "out" / "wall-clock.txt").exists()
+
+
 @pytest.mark.parametrize("script", ["speedrun.sh", "h200.sh"])
 def test_scripts_are_whole(script):
     """Their syntax; that each command of ours in them exists is seen by running them."""
