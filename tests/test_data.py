@@ -204,6 +204,7 @@ def test_cut_long_cuts_responses_only_and_counts(capsys):
     long = pair(chosen="x" * 300)
     length = len(PROCESSOR.prompt_ids(long.prompt))
     limit = length + 50
+    assert not problems_of([pair(chosen="x" * 48)], max_length=limit)  # with the blank before it and EOS exactly 50
     with pytest.raises(SystemExit, match="1 too long"):
         usable(examine("f.json", [long, PAIRS[1]], [], PROCESSOR, Demands(max_length=limit)), skip_bad=False)
     found = examine("f.json", [long, PAIRS[1]], [], PROCESSOR, Demands(max_length=limit, cut_long=True))
