@@ -276,8 +276,10 @@ def score(paths: list[str], data: tuple, nouns_of: Callable | None, similar: Cal
         words = similarity_source(args.similarity)
         result |= {"similarity": words, "nouns": args.tagger or "every word (--no-tagger)"}
         result["rows"] = [{"id": key, **count} for key, count in zip(described, counts, strict=True)]
-        if args.no_tagger or args.similarity == "exact":
-            reason = "no tagger or exact words: not comparable with published CHAIR, Cover, Hal, Cog"
+        if args.no_tagger:
+            stats.not_comparable(result, "every word taken for a noun (--no-tagger), published ones by NLTK's tagger")
+        if args.similarity == "exact":
+            reason = f"equal words only (--similarity exact), published ones by {PUBLISHED_MODEL}"
             stats.not_comparable(result, reason)
         elif words["model"] != PUBLISHED_MODEL:
             reason = f"similar words by {words['model'] or 'an unknown model'}, published ones by {PUBLISHED_MODEL}"
