@@ -331,7 +331,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     g.add_argument("--workers", type=whole(0), default=2, help="processes that prepare pictures")
     g.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if cuda else "float32", help="base's")
     g.add_argument("--micro-batch", type=whole(1), default=1, help="pairs per forward of the plain path")
-    g.add_argument("--resume", action="store_true", help="go on after the last checkpoint of the run in --out")
+    g.add_argument("--resume", action="store_true", help="resume after the last checkpoint of the run in --out")
     g.add_argument("--save-every", type=whole(1), help="steps between checkpoints; else ten minutes and each epoch")
     g.add_argument("--quant", choices=quant.KINDS, help="keep the decoder's frozen linears in 4 or 8 bits")
     g.add_argument("--track", choices=tracking.KINDS, help="send the log's rows there too")

@@ -67,7 +67,7 @@ def workers_watched():
             raise
         raise SystemExit(
             f"A process that prepares pictures was killed ({str(e).partition(chr(10))[0]}); most often memory ran out. "
-            "The same command with --resume and fewer --workers goes on."
+            "Resume with the same command, --resume and fewer --workers."
         ) from None
 
 

@@ -250,9 +250,8 @@ class Run:
 
     def end_early(self, step: int) -> None:
         self.close()
-        print(
-            f"{self.folder}: stopped after {step + 1} of {self.steps} steps. Go on with\n    {self.settings['command']}"
-        )
+        print(f"{self.folder}: stopped after {step + 1} of {self.steps} steps. Resume with")
+        print(f"    {self.settings['command']}")
         raise SystemExit(128 + self.stopped)
 
     def close(self) -> None:

@@ -242,7 +242,7 @@ def in_batches(rows: list[Row], work: Work, size: int) -> Iterator[list[Row]]:
             torch.cuda.empty_cache()
             if len(batch) > 1:
                 size = len(batch) // 2
-                print(f"out of GPU memory: going on with batches of {size}")
+                print(f"out of GPU memory: batches of {size} from here")
                 continue
             results = [failed(batch[0], "out of GPU memory, although it was alone in its batch")]
         assert [row_key(row) for row in results] == [row_key(row) for row in batch], "results are not those of the rows"
