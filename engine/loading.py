@@ -8,6 +8,7 @@ wait for ever: so how many examples are under way is fitted to what is free.
 import math
 import os
 import shutil
+import signal
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -32,6 +33,7 @@ def example_loader(data: PairData, keys: Sequence[tuple[int, int]], workers: int
         num_workers=workers,
         prefetch_factor=ahead if workers else None,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=leave_signals_to_the_run,
     )
     try:
         yield from loader
@@ -39,6 +41,12 @@ def example_loader(data: PairData, keys: Sequence[tuple[int, int]], workers: int
         raise SystemExit(
             str(e).rpartition("LostPicture: ")[2].strip()
         ) from None  # a worker's brings its traceback along
+
+
+def leave_signals_to_the_run(worker: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach every process: the run ends its step and saves, then ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def example_bytes(data: PairData) -> int:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -203,6 +204,31 @@ def test_a_signal_ends_the_run_after_its_step(undisturbed, tiny_base, pairs_file
     assert end.value.code == status
     assert "stopped after 4 of 9 steps" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGINT) is before
+    train.main([*flags(tiny_base, pairs_file, out), "--resume"])
+    assert_equal_to_the_bit(whole, out)
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_to_all_processes_ends_the_run_after_its_step(
+    undisturbed, tiny_base, pairs_file, tmp_path, capsys, number, status
+):
+    """A terminal's Ctrl-C and a scheduler's SIGTERM reach the workers too."""
+    whole, out, log = undisturbed(), tmp_path / "run", Run.log
+
+    def all_asked_to_stop(self, step, *rest):
+        if step == 3:
+            workers = [str(child.pid) for child in multiprocessing.active_children()]
+            assert len(workers) == 2
+            # by another process: a worker takes its parent's signal for an order to end
+            subprocess.run(["kill", f"-{number.value}", *workers, str(os.getpid())], check=True)
+            time.sleep(0.5)  # a worker that dies of it has died
+        log(self, step, *rest)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(Run, "log", all_asked_to_stop)
+        train.main(flags(tiny_base, pairs_file, out, "--workers", 2))
+    assert end.value.code == status
+    assert "stopped after 4 of 9 steps" in capsys.readouterr().out
     train.main([*flags(tiny_base, pairs_file, out), "--resume"])
     assert_equal_to_the_bit(whole, out)
 
