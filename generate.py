@@ -159,11 +159,12 @@ class Cache:
 
 def pick(logits: Tensor, temperature: float, top_p: float, draws: Tensor) -> Tensor:
     """A token for each row of logits (B, V): where draws (B,), uniform in [0, 1), fall among the probabilities. (B,)"""
-    probs = (logits / temperature).softmax(-1)  # (B, V)
+    below = logits - logits.amax(-1, keepdim=True)  # (B, V) 0 and less: no temperature makes it infinite
+    probs = (below.double() / temperature).float().softmax(-1)  # (B, V)
     if top_p < 1:  # the fewest tokens that hold top_p
         ordered, ids = probs.sort(descending=True)  # (B, V) both
         before = ordered.cumsum(-1) - ordered  # (B, V) what ranks higher
-        kept = ordered.where(before < top_p, 0)  # (B, V)
+        kept = ordered.where(before.double() < top_p, 0)  # (B, V) the first always, its `before` is 0
         probs = torch.zeros_like(probs).scatter(1, ids, kept)  # (B, V)
     cdf = probs.double().cumsum(-1)  # (B, V)
     heights = draws[:, None] * cdf[:, -1:]  # (B, 1)

@@ -141,6 +141,11 @@ def adapter_files(folder: Path) -> tuple[Path, Path]:
     return weights, config
 
 
+def adapter_sha256(folder: Path) -> str:
+    """One hash over weights and config: r and lora_alpha decide what the weights do."""
+    return files.sha256("".join(files.file_sha256(file) for file in adapter_files(folder)).encode())
+
+
 def read_adapter(folder: Path) -> Adapter:
     """A PEFT folder. SystemExit if it is not whole, or not plain LoRA."""
     weights, config_file = adapter_files(folder)

@@ -32,13 +32,18 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """tokenizer.json, or the sentencepiece tokenizer.model that the original LLaVA ships."""
     file = folder / "tokenizer.json"
     if file.is_file():
-        model = files.read_json(file, dict).get("model")
-        if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict | list):
-            raise SystemExit(f"{file}: holds no vocabulary; is it the tokenizers library's file?")
-        return Tokenizer.from_file(str(file))
+        return read_tokenizer(file)
     if (folder / "tokenizer.model").is_file():
         return read_sentencepiece(folder / "tokenizer.model")
     raise SystemExit(f"{folder}: no tokenizer.json and no tokenizer.model")
+
+
+def read_tokenizer(file: Path) -> Tokenizer:
+    """A tokenizer.json."""
+    model = files.read_json(file, dict).get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict | list):
+        raise SystemExit(f"{file}: holds no vocabulary; is it the tokenizers library's file?")
+    return Tokenizer.from_file(str(file))
 
 
 def misfit(tokenizer: Tokenizer, config: Config | bunny.Config, template: Template) -> str | None:

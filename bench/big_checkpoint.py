@@ -19,6 +19,7 @@ import torch
 from bases.export import write_shards
 from bases.layouts import their_name
 from external import files
+from external.flags import whole
 from model import BASES, Config, LLaVA
 
 ROOT = Path(__file__).parents[1]
@@ -74,18 +75,23 @@ def main(argv=None) -> None:
     p.add_argument("--folder", type=Path, required=True, help="where the checkpoint is, or is to be written")
     p.add_argument(
         "--layers",
-        type=int,
+        type=whole(1, 512),
         default=32,
         help="of the decoder that is written (default 32, 7B's; with few, the libraries alone break the bound)",
     )
-    p.add_argument("--device", default="cpu")
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     args = p.parse_args(argv)
+    if args.folder.exists() and not (args.folder / "config.json").is_file():  # written last
+        raise SystemExit(f"{args.folder}: no whole checkpoint (no config.json); remove it, or give another --folder")
     if not args.folder.exists():
         write(args.folder, replace(BASES["llava-1.5-7b"], layers=args.layers))
     failed = False
     for dtype, quant in (("float16", ""), ("bfloat16", ""), ("bfloat16", "nf4")):
         command = [sys.executable, "-c", MEASURE, str(args.folder.resolve()), dtype, quant, args.device]
-        m = json.loads(subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout)
+        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise SystemExit(f"loading as {quant or dtype} on {args.device} failed, see above")
+        m = json.loads(done.stdout)
         bound = BOUND * m["size"] + (ROOM if quant else 0)
         failed |= m["peak"] > bound
         print(

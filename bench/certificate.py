@@ -9,7 +9,6 @@
 """
 
 import argparse
-import json
 import math
 import tempfile
 from pathlib import Path
@@ -17,13 +16,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from bases.adapter import load_adapter, save_adapter
+from bases.adapter import adapter_files, load_adapter, save_adapter
 from bases.checkpoint import load_base
 from bases.tokenizer import load_processor
 from data import PairData
 from engine.device import choose_device
 from engine.run_folder import environment
-from external.files import read_json, sha256, write_json
+from external.files import check_writable, read_json, read_rows, sha256, write_json
 from formats.readers import read_pairs
 from lora import add_lora, merge_lora
 from model import LLaVA
@@ -35,8 +34,10 @@ ADAPTER = "adapter_model.safetensors"
 
 def first_loss(run: Path) -> dict:
     """The loss of step 0 and what it should be."""
-    lines = (run / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    row = next(row for row in map(json.loads, lines) if row["step"] == 0)
+    first = [row for row in read_rows(run / "log.jsonl") if row.get("step") == 0 and "loss" in row]
+    if not first:
+        raise SystemExit(f"{run / 'log.jsonl'}: no row of step 0")
+    row = first[0]
     terms = [name for name in row if name.startswith("losses/")]
     expected = len(terms) * math.log(2)
     return {"loss": row["loss"], "expected": expected, "holds": abs(row["loss"] - expected) < 1e-3}
@@ -79,16 +80,22 @@ def main(argv=None) -> None:
     p.add_argument("--data", required=True, help="the preference data of the run")
     p.add_argument("--out", type=Path, required=True, help="where the certificate goes")
     args = p.parse_args(argv)
+    settings = read_json(args.run / "args.json", dict)
+    start = first_loss(args.run)
+    adapter_files(args.run)  # ends here where there is none
+    check_writable(args.out, [*args.run.iterdir(), args.data])
+    pairs, problems = read_pairs(args.data)
+    if not pairs:
+        raise SystemExit(f"{args.data}: no usable rows ({len(problems)} others)")
     device = choose_device()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model, folder = load_base(args.base, dtype=dtype, device=device)
-    pairs, _ = read_pairs(args.data)
     data = PairData(pairs[:2], load_processor(folder, model.config), "crop")
     certificate = {
-        "first_loss": first_loss(args.run),
+        "first_loss": start,
         "equal_at_zero": equal_at_zero(model, data),
         "adapter_reloads": reloads_equal(model, args.run),
-        "settings": read_json(args.run / "args.json"),
+        "settings": settings,
         "scorers": scorers(),
         "made": environment(device),
     }

@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tokenizers import Tokenizer
 
 import losses
+from bases.tokenizer import read_tokenizer
 from bench.inputs import BETA, LORA_ALPHA, LORA_R, SHAPES, kept_rows, random_model
 from data import Example, PairData, Processor
 from engine import packing
@@ -34,6 +34,7 @@ from engine.batches import batches, plan_steps
 from engine.device import choose_device
 from engine.distributed import World
 from engine.memory import peak_gib
+from external.flags import whole
 from external.progress import progress
 from lora import add_lora
 from model import LLaVA
@@ -228,7 +229,7 @@ def one_setting(args: argparse.Namespace) -> dict:
     pairs, left_out = kept_rows(args.data, args.longest)
     if tricks.workers:
         pairs = pairs * math.ceil(2 * STEP / len(pairs))  # two steps: the loader has something to be late for
-    processor = Processor(Tokenizer.from_file(str(args.tokenizer)), config)
+    processor = Processor(read_tokenizer(args.tokenizer), config)
     data = PairData(pairs, processor, "crop" if args.objective == "mdpo" else None)
     card = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     rate = H200 if "H200" in card and dtype == torch.bfloat16 else matmul_rate(device, dtype)
@@ -328,11 +329,13 @@ def parse_args(argv=None) -> argparse.Namespace:
     p.add_argument("--tokenizer", type=Path, required=True, help="tokenizer.json of the base")
     p.add_argument("--setting", choices=names, help="only this row of the table")
     p.add_argument("--longest", action="store_true", help="only the pair with the longest answers")
-    p.add_argument("--passes", type=int, default=3, help="timed passes over the data")
-    p.add_argument("--repeats", type=int, default=1, help="times every setting is run, in turns")
-    p.add_argument("--tokens-per-batch", type=int, default=8192, help="packed tokens per forward")
-    p.add_argument("--micro-batch", type=int, help="pairs per forward instead")
-    p.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
+    p.add_argument("--passes", type=whole(1), default=3, help="timed passes over the data")
+    p.add_argument("--repeats", type=whole(1), default=1, help="times every setting is run, in turns")
+    p.add_argument("--tokens-per-batch", type=whole(1), default=8192, help="packed tokens per forward")
+    p.add_argument("--micro-batch", type=whole(1), help="pairs per forward instead")
+    p.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="bfloat16" if torch.cuda.is_available() else "float32"
+    )
     p.add_argument("--peer", action="store_true", help="also run bench/trl_peer.py, all its settings (needs trl)")
     p.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     return p.parse_args(argv)

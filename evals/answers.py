@@ -10,6 +10,7 @@ Not from a paper. Deviations: none.
 """
 
 import argparse
+import glob
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,7 @@ import torch
 
 import pictures
 from bases import checkpoint
-from bases.adapter import adapter_files
+from bases.adapter import adapter_sha256
 from data import SYSTEM, Processor, bare_question
 from evals.questions import ADDED, Questions, read_questions
 from external import files
@@ -130,7 +131,6 @@ class Source:
 
 def describe(args: argparse.Namespace, source: Source, questions: Questions) -> dict:
     """All that decides what the answers are, beside the questions."""
-    adapter = args.adapter and adapter_files(args.adapter)[0]
     bos = "BOS " if source.processor.template.bos else ""
     decoding = {"method": "greedy"}
     if args.temperature:
@@ -142,7 +142,7 @@ def describe(args: argparse.Namespace, source: Source, questions: Questions) -> 
         "base_sha256": source.base_sha256,
         "weights": args.weights and str(args.weights),
         "adapter": args.adapter and str(args.adapter),
-        "adapter_sha256": adapter and checkpoint.file_sha256(adapter),
+        "adapter_sha256": args.adapter and adapter_sha256(args.adapter),
         "pictures_sha256": questions.pictures_sha256(),
         "decoding": decoding,
         "max_new_tokens": args.max_new_tokens,
@@ -195,11 +195,11 @@ def read_partial(file: Path, questions: dict[str, dict], settings: dict) -> dict
 
 def answer_file(args: argparse.Namespace, source: Source | None = None) -> int:
     """Answers --questions into --out, from where this command, or shards of it, had come; how many are new."""
-    files.check_writable(args.out)
+    files.check_writable(args.out, [args.questions])
     questions = read_questions(args.questions, args.image_root)
     source = source or Source(args)
     settings, out, keys = describe(args, source, questions), args.out, list(questions.rows)
-    others = sorted(out.parent.glob(f"{out.stem}.*-of-*{out.suffix}"))  # what shards have done
+    others = sorted(out.parent.glob(f"{glob.escape(out.stem)}.*-of-*{out.suffix}"))  # what shards have done
     if args.shard_count > 1:
         out = out.with_stem(f"{out.stem}.{args.shard_index}-of-{args.shard_count}")
         keys, others = keys[args.shard_index :: args.shard_count], []

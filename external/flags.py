@@ -4,6 +4,7 @@ import argparse
 import math
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 FOREIGN = {  # flags of TRL and LLaMA-Factory, and what says the same here; differences stand in docs/flags.md
     "--model_name_or_path": "--base",
@@ -102,6 +103,17 @@ def bounds(low: float, high: float, above: bool = False) -> str:
     if high == math.inf:
         return f"above {low:g}" if above else f"of at least {low:g}"
     return f"above {low:g}, at most {high:g}" if above else f"from {low:g} to {high:g}"
+
+
+def file_ending(*endings: str) -> Callable[[str], Path]:
+    """The name of a file with one of these endings: the kind that is written into it."""
+
+    def convert(text: str) -> Path:
+        if Path(text).suffix.lower() not in endings:
+            raise argparse.ArgumentTypeError(f"{text}: must be the name of a {' or '.join(endings)} file")
+        return Path(text)
+
+    return convert
 
 
 def names_of(known: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:

@@ -16,7 +16,7 @@ from torch import Tensor
 import pictures
 from data import IMAGE_TOKEN, Example, PairData, Processor
 from external import files
-from external.flags import whole
+from external.flags import file_ending, whole
 from external.terminal import LONGEST, printable
 from formats.check import where
 from formats.command import data_parser, read_and_examine
@@ -104,9 +104,11 @@ def main(argv=None) -> None:
     p = data_parser(__doc__.split("\n")[0], base_required=True)
     p.add_argument("--rows", type=whole(1), default=3, metavar="N", help="the first N rows (default: %(default)s)")
     p.add_argument("--seed", type=whole(0), default=0, help="decides m_l, with row and epoch (default: %(default)s)")
-    p.add_argument("--out", type=Path, default=Path("show.png"), help="the sheet of pictures (default: %(default)s)")
+    p.add_argument(
+        "--out", type=file_ending(".png"), default=Path("show.png"), help="the sheet of pictures (default: %(default)s)"
+    )
     args = p.parse_args(argv)
-    files.check_writable(args.out)
+    files.check_writable(args.out, [args.data])
     examined, processor = read_and_examine(args)
     read = {pair.row for pair in examined.pairs}
     unread = [problem for problem in examined.problems if problem.row not in read]

@@ -16,6 +16,7 @@ from lab.report import markdown
 
 # Student's t, 97.5 %, by degrees of freedom
 T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+MOST_SEEDS = max(T_95) + 1
 SCORES = ("CHAIR_s", "CHAIR_i", "coverage", "CHi@85", "AUC", "d'", "chosen", "well-formed")
 Study = dict[str, dict[str, list[float]]]  # row -> score -> one value per seed
 

@@ -19,6 +19,7 @@ from torch import Tensor
 import pictures
 from data import Example, PairData
 from external import files
+from external.flags import file_ending
 from lab.explain_html import (
     END,
     bar,
@@ -360,10 +361,10 @@ its tokens; {END} is the end-of-sequence token, which is scored like any other.<
 
 def main(argv=None) -> None:
     p = pair_parser(__doc__.split("\n")[0])
-    p.add_argument("--out", type=Path, default=Path("explain.html"), help="the page (default: %(default)s)")
+    html = file_ending(".html", ".htm")
+    p.add_argument("--out", type=html, default=Path("explain.html"), help="the page (default: %(default)s)")
     args = p.parse_args(argv)
-    if args.out.is_dir():
-        raise SystemExit(f"--out {args.out}: a folder; give the name of the page, such as {args.out / 'explain.html'}")
+    files.check_writable(args.out)
     opened = open_pairs(args)
     settings = opened.settings
     pairs = [pair_numbers(opened.model, opened.data[key], settings) for key in opened.keys]

@@ -52,7 +52,7 @@ def judge(file: Path, study: dict, own: dict[str, dict[str, float]] | None = Non
     seeds = len(study["seeds"])
     note = f"Lines: means of {seeds} seeds; bands: from the lowest to the highest of them."
     figure.supxlabel(f"{note} Hollow: {label}." if own else note, fontsize=9, color=GREY)
-    figure.savefig(file, dpi=200)
+    plotting.save(figure, file, dpi=200)
     return figure
 
 
@@ -77,5 +77,5 @@ def chosen(file: Path, study: dict):
     axes.set_title("log π/π_ref of the chosen answer, nats", loc="left", fontsize=11)
     axes.set_xlabel("optimiser step")
     axes.legend(frameon=False)
-    figure.savefig(file, dpi=200)
+    plotting.save(figure, file, dpi=200)
     return figure

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from external import files
+
 
 def new_figure(file: Path, width: float, height: float):
     """An empty figure of this size in inches, for a file of a kind that matplotlib writes. SystemExit where not."""
@@ -24,3 +26,9 @@ def clean(axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e5e7eb", linewidth=0.8)
     axes.set_axisbelow(True)
+
+
+def save(figure, file: Path, dpi: int) -> None:
+    """The figure as a file of the kind that its ending says, whole or not at all."""
+    with files.whole(file) as part:
+        figure.savefig(part, dpi=dpi, format=file.suffix[1:].lower())

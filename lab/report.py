@@ -41,6 +41,7 @@ COLUMNS = [
     Column("POPE Acc ↑", "eval_pope.json", "accuracy", 100, 1),
     Column("POPE F1 ↑", "eval_pope.json", "f1", 100, 1),
 ]
+RESULT = {"protocol", "metrics", "generation", "n", "warnings"}  # what a scorer's file has at least
 PAPER = [  # mDPO, Table 1: the rows that share base, data and judge
     ("Bunny-v1.0-3B", "2.11 0.58 43.0 8.9 9.8 75.6 64.9 6.0"),
     ("Bunny + DPO", "2.28 0.56 44.3 7.6 7.9 74.1 58.9 4.8"),
@@ -62,11 +63,16 @@ def results(run: Path) -> dict[str, dict]:
     for column in COLUMNS:
         file = run / column.file
         if file.is_file() and column.file not in found:
-            found[column.file] = files.read_json(file)
+            found[column.file] = files.read_json(file, dict)
     for name, result in found.items():
-        if "metrics" not in result or "protocol" not in result:
+        if not RESULT <= result.keys() or not is_numbers(result["metrics"]):
             raise SystemExit(f"{run / name}: not the result of one answer file (a --compare result?); score it again")
     return found
+
+
+def is_numbers(metrics) -> bool:
+    """Whether it is {name: a number, or None where there is none}."""
+    return isinstance(metrics, dict) and all(isinstance(value, float | int | None) for value in metrics.values())
 
 
 def cell(found: dict[str, dict], column: Column, footnotes: dict[str, str]) -> str:
@@ -154,15 +160,18 @@ def read_log(run: Path) -> tuple[list[dict], float]:
     log, args = run / "log.jsonl", run / "args.json"
     if not log.is_file() or not args.is_file():
         raise SystemExit(f"{run}: no log.jsonl and args.json; give the folder of a run of train.py")
-    lines = log.read_text(encoding="utf-8").split("\n")[:-1]
+    lines = files.read_text(log).split("\n")[:-1]
     rows = [files.parse_json(line, f"{log}:{n}") for n, line in enumerate(lines, 1)]
     if not rows:
         raise SystemExit(f"{log}: no complete step yet")
     for n, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or not NEEDED <= row.keys():
+        if not isinstance(row, dict) or not all(isinstance(row.get(name), float | int) for name in NEEDED):
             raise SystemExit(f"{log}:{n}: no row of a run of train.py, which has {', '.join(sorted(NEEDED))}")
     by_step = {row["step"]: row for row in rows}
-    return list(by_step.values()), files.read_json(args)["beta"]
+    beta = files.read_json(args, dict).get("beta")
+    if not isinstance(beta, float | int) or beta <= 0:
+        raise SystemExit(f"{args}: beta is {beta!r}; it is not as train.py wrote it")
+    return list(by_step.values()), beta
 
 
 def smooth(values: list[float]) -> list[float]:
@@ -190,8 +199,7 @@ def draw(runs: list[Path], file: Path):
         axes.set_ylabel(panel.unit)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", frameon=False)
-    with files.whole(file) as part:
-        figure.savefig(part, dpi=150, format=file.suffix[1:].lower())
+    plotting.save(figure, file, dpi=150)
     return figure
 
 

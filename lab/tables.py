@@ -20,7 +20,8 @@ import torch
 
 import toy
 import train
-from external.files import read_json, write_json, write_rows, write_text
+from external.files import check_writable, read_json, write_json, write_rows, write_text
+from external.flags import whole
 from lab import claims, figure, plotting
 
 # ---- rows ----------------------------------------------------------------------------------------------------------
@@ -184,7 +185,7 @@ def report(out: Path, seeds: list[int]) -> None:
 def main(argv=None) -> None:
     torch.set_num_threads(1)  # models this small gain little from a second, and waiting for a shared core costs minutes
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--seeds", type=int, nargs="+", default=[6, 7, 8, 9, 10])
+    p.add_argument("--seeds", type=whole(0), nargs="+", default=[6, 7, 8, 9, 10])
     p.add_argument("--out", type=Path, help="folder of the results, a folder per seed in it")
     p.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS), help="which rows")
     p.add_argument("--figure", type=Path, help="redraw the README's figure from the committed numbers, nothing else")
@@ -195,6 +196,9 @@ def main(argv=None) -> None:
         return
     if not args.out:
         p.error("give --out DIR, or --figure FILE")
+    if len(set(args.seeds)) < len(args.seeds) or len(args.seeds) > claims.MOST_SEEDS:
+        p.error(f"--seeds: each once, at most {claims.MOST_SEEDS}: intervals are over different worlds")
+    check_writable(args.out / "study.json")
     plotting.new_figure(args.out / "judge.png", 1, 1)  # a missing matplotlib is told now, not after an hour
     for group in args.groups:
         for seed in args.seeds:

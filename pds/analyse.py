@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from external import files
-from external.flags import whole
+from external.flags import file_ending, whole
 from pds import candidates, clip_score, figures, rank_images, runner
 from pds.runner import Row
 
@@ -307,14 +307,15 @@ def parse_args(argv=None) -> argparse.Namespace:
         "--figures", type=Path, metavar="FOLDER", help="Figures 4 and 6 and score histograms, needs matplotlib"
     )
     p.add_argument(
-        "--sheet", type=Path, metavar="PNG", help="prompts x candidates with their scores, the winner framed"
+        "--sheet",
+        type=file_ending(".png"),
+        metavar="PNG",
+        help="prompts x candidates with their scores, the winner framed",
     )
     p.add_argument("--rows", type=whole(1), default=10, help="prompts on the sheet (default 10)")
     p.add_argument("--embed", metavar="FOLDER", help="open_clip folder or name for the similarity (default TF-IDF)")
     p.add_argument("--image-root", type=Path, help="folder the image paths start from (default: FILE's)")
     args = p.parse_args(argv)
-    if args.sheet and args.sheet.suffix.lower() != ".png":
-        p.error(f"--sheet {args.sheet}: the name of a .png file")
     for file in (args.json, args.sheet, args.figures and args.figures / "responders.png"):
         if file:
             files.check_writable(file, args.input)

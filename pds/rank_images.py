@@ -27,7 +27,7 @@ from PIL import Image
 
 import pictures
 from external import files
-from external.flags import number, whole
+from external.flags import file_ending, number, whole
 from pds import clip_score, imagereward, runner
 from pds.runner import Row
 
@@ -198,7 +198,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     )
     p.add_argument("--vision-heads", type=whole(1), help="of ImageReward and BLIP, where a head is not 64 wide")
     p.add_argument("--image-root", type=Path, help="folder the image paths start from (default: IN's)")
-    p.add_argument("--best", type=Path, metavar="FILE", help="a row per prompt, with its best picture")
+    p.add_argument("--best", type=file_ending(".jsonl"), metavar="FILE", help="a row per prompt, with its best picture")
     p.add_argument("--min-score", type=number(-math.inf), help="drop prompts whose best picture scores less")
     p.add_argument("--drop-lowest", type=float, default=0.0, metavar="PERCENT", help="drop the worst best pictures")
     args = p.parse_args(argv)
@@ -214,8 +214,6 @@ def parse_args(argv=None) -> argparse.Namespace:
     if args.best is None and (args.min_score is not None or args.drop_lowest):
         p.error("--min-score and --drop-lowest choose what --best holds; give --best FILE")
     if args.best:
-        if args.best.suffix != ".jsonl":
-            p.error(f"--best {args.best}: the name of a .jsonl file")
         files.check_writable(args.best, [args.input, args.out])
     return args
 

@@ -34,7 +34,7 @@ from typing import NamedTuple
 import torch
 
 from external import files
-from external.flags import whole
+from external.flags import file_ending, whole
 from external.progress import progress
 
 INSTALL = "python .ci/install.py pds"
@@ -323,7 +323,12 @@ def stage_parser(doc: str, what: str) -> argparse.ArgumentParser:
 
 
 def add_flags(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--out", type=Path, required=True, help="OUT.jsonl; the same command resumes one that was begun")
+    p.add_argument(
+        "--out",
+        type=file_ending(".jsonl"),
+        required=True,
+        help="OUT.jsonl; the same command resumes one that was begun",
+    )
     p.add_argument("--batch", type=whole(1), help="rows at once (default: as the GPU's free memory allows; 8 on a CPU)")
     p.add_argument("--limit", type=whole(1), help="only the first N rows of IN")
     p.add_argument("--retry-failed", action="store_true", help="do the rows again that ended with an error")
@@ -336,8 +341,6 @@ def add_flags(p: argparse.ArgumentParser) -> None:
 def check_flags(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if not 0 <= args.shard_index < args.shard_count:
         p.error(f"--shard-index runs from 0 to --shard-count - 1, which is {args.shard_count - 1}")
-    if args.out.suffix != ".jsonl":
-        p.error(f"--out {args.out}: the name of a .jsonl file")
     files.check_writable(args.out, [args.input] if "input" in args else [])
 
 

@@ -10,10 +10,11 @@ from unittest import mock
 import eval_chair
 import generate
 import train
+from bench import big_checkpoint, certificate, training
 from evals import amber, table1
-from formats import hub_data
-from lab import demo, explain, one_pair, report
-from tests.faults_bench import Bench, Ended, Outcome, call, fault, holds, refused, used, worst
+from formats import hub_data, show
+from lab import demo, explain, one_pair, report, tables
+from tests.faults_bench import Bench, Ended, Outcome, call, change_json, fault, holds, refused, used, worst
 from tests.faults_files import ARCHIVES, SCORERS, lines
 
 LOOKING, COMBINED = "Looking at pairs and runs", "Flags that do not go together, places that are none"
@@ -60,6 +61,76 @@ def odd_demo(bench: Bench) -> Outcome:
     with mock.patch.object(demo.toy, "make_world", side_effect=AssertionError("the demo began")):
         seed = refused(call(demo.main, "--seed", -1, "--out", bench.folder / "d"), "--seed")
     return worst({"full": full if kept else Outcome("BUG", "removed"), "seed": seed})
+
+
+@fault(
+    "N13",
+    LOOKING,
+    "show, explain: --out that is the data, or of another kind; lab.tables: --figure nowhere, seeds twice",
+)
+def odd_outs(bench: Bench) -> Outcome:
+    data, flags = bench.data(), ("--base", bench.base)
+    before = data.read_bytes()
+    outcomes = {}
+    for name in ("pairs.jsonl", "x.docx", ""):
+        out = ("--out", bench.folder / "pairs" / name)
+        outcomes[f"show {name}"] = refused(call(show.main, data, *flags, "--rows", 1, *out), "--out")
+        outcomes[f"explain {name}"] = refused(call(explain.main, *flags, "--data", data, "--row", 1, *out), "--out")
+    outcomes["data"] = holds(data.read_bytes() == before, "kept", "the data are overwritten")
+    outcomes["--figure"] = refused(call(tables.main, "--figure", "/proc/none/f.png"), "f.png")
+    for seeds in ((6, 6), range(11), (-1,)):
+        outcomes[str(seeds)] = refused(
+            call(tables.main, "--out", bench.out, "--seeds", *seeds), "--seeds", left=bench.out
+        )
+    return worst(outcomes)
+
+
+@fault("N14", LOOKING, "lab.report: a beta, a log, a scorer's result of another kind")
+def odd_runs(bench: Bench) -> Outcome:
+    run = bench.adapter()
+    curves = (report.main, run, "--curves", bench.folder / "c.png")
+    kept = {name: (run / name).read_bytes() for name in ("args.json", "log.jsonl")}
+    outcomes = {}
+    damaged = {"args.json": (b'{"beta": 0}', b'{"beta": "x"}', b"{}", b"[]")}
+    damaged["log.jsonl"] = (kept["log.jsonl"].replace(b'"loss": ', b'"loss": "x", "l": '), b"\xff\xfe\n")
+    for name, versions in damaged.items():
+        for data in versions:
+            (run / name).write_bytes(data)
+            outcomes[f"{name} {data[:20]}"] = refused(call(*curves), name)
+        (run / name).write_bytes(kept[name])
+    result = {"protocol": "p", "metrics": {"accuracy": 0.5}, "generation": None, "n": 1, "warnings": []}
+    for changes in ({"metrics": []}, {"metrics": {"accuracy": "x"}}):
+        (run / "eval_pope.json").write_text(json.dumps(result | changes))
+        outcomes[str(changes)] = refused(call(report.main, run, "--table"), "eval_pope.json")
+    result.pop("n")
+    (run / "eval_pope.json").write_text(json.dumps(result))
+    return worst(outcomes | {"no n": refused(call(report.main, run, "--table"), "eval_pope.json")})
+
+
+@fault("N15", LOOKING, "bench: certificate of no run, over the run's files; sizes of 0; a folder that is no checkpoint")
+def odd_bench(bench: Bench) -> Outcome:
+    run = bench.adapter()
+    flags = ("--base", bench.base, "--data", bench.data(), "--run")
+    out = ("--out", bench.folder / "c.json")
+    outcomes = {"right": used(call(certificate.main, *flags, run, *out), "holds")}
+    outcomes["no run"] = refused(call(certificate.main, *flags, bench.folder / "none", *out), "none")
+    before = (run / "args.json").read_bytes()
+    over = refused(call(certificate.main, *flags, run, "--out", run / "args.json"), "args.json")
+    outcomes["over"] = (
+        over if (run / "args.json").read_bytes() == before else Outcome("BUG", "args.json is overwritten")
+    )
+    for text in ("", "{", "[1]\n", '{"step": 3}\n'):
+        (run / "log.jsonl").write_text(text)
+        outcomes[f"log {text}"] = refused(call(certificate.main, *flags, run, *out), "log.jsonl")
+    speed = ("--shape", "tiny", "--data", bench.data(), "--tokenizer", bench.base / "tokenizer.json")
+    for flag in ("--passes", "--repeats", "--tokens-per-batch", "--micro-batch", "--dtype"):
+        outcomes[flag] = refused(call(training.main, *speed, flag, "0"), flag)
+    config = ("--tokenizer", bench.base / "config.json", "--setting", "plain", "--json")
+    outcomes["--tokenizer"] = refused(call(training.main, *speed, *config), "config.json")
+    outcomes["--layers"] = refused(call(big_checkpoint.main, "--folder", bench.out, "--layers", 0), "--layers")
+    outcomes["--device"] = refused(call(big_checkpoint.main, "--folder", bench.out, "--device", "tpu"), "--device")
+    outcomes["--folder"] = refused(call(big_checkpoint.main, "--folder", bench.folder / "pairs"), "pairs")
+    return worst(outcomes)
 
 
 # ---- flags ---------------------------------------------------------------------------------------------------------
@@ -130,6 +201,34 @@ def one_answer(bench: Bench) -> Outcome:
         flags = ("--base", bench.base, "--image", bench.folder / "pairs" / "0.png", "--max-new-tokens", 3)
         outcomes[repr(prompt)] = refused(call(generate.main, *flags, "--prompt", prompt), "--prompt")
     return worst(outcomes)
+
+
+@fault("N16", COMBINED, "--temperature and --top-p of 1e-300; shards beside a[1].jsonl; an adapter's edited lora_alpha")
+def odd_answers(bench: Bench) -> Outcome:
+    flags = (
+        "--base",
+        bench.base,
+        "--image",
+        bench.folder / "pairs" / "0.png",
+        "--prompt",
+        "What?",
+        "--max-new-tokens",
+        3,
+    )
+    greedy = call(generate.main, *flags).text
+    outcomes = {}
+    for more in (("--temperature", 1e-300), ("--temperature", 1, "--top-p", 1e-300)):
+        text = call(generate.main, *flags, *more).text
+        outcomes[str(more)] = holds(text == greedy, "as greedy", f"{text!r}, greedy {greedy!r}")
+    out = ("--out", bench.folder / "a[1].jsonl")
+    for i in range(2):
+        outcomes[f"shard {i}"] = used(bench.ask(*out, "--shard-index", i, "--shard-count", 2))
+    outcomes["joined"] = used(bench.ask(*out), "3 answers, 0 of them new")
+    outcomes["--out is --questions"] = refused(bench.ask("--out", bench.folder / "pairs" / "q.jsonl"), "is read by")
+    run = ("--adapter", bench.adapter())
+    outcomes["adapter"] = used(bench.ask(*run))
+    change_json(bench.out / "adapter_config.json", {"lora_alpha": 99})
+    return worst(outcomes | {"lora_alpha": refused(bench.ask(*run), "other adapter")})
 
 
 # ---- the other scorers ---------------------------------------------------------------------------------------------

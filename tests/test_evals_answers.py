@@ -179,8 +179,16 @@ def test_adapter_changes_answers_and_is_recorded(asked, tiny_base, tmp_path):
     args[5] = str(tmp_path / "b.jsonl")
     answers.main([*args, "--adapter", str(tmp_path / "run")])
     assert [a["answer"] for a in read(tmp_path / "b.jsonl")] != before
-    digest = hashlib.sha256((tmp_path / "run" / "adapter_model.safetensors").read_bytes()).hexdigest()
+    config = tmp_path / "run" / "adapter_config.json"
+    weights = (tmp_path / "run" / "adapter_model.safetensors").read_bytes()
+    both = [hashlib.sha256(data).hexdigest() for data in (weights, config.read_bytes())]
+    digest = hashlib.sha256("".join(both).encode()).hexdigest()
     assert json.loads((tmp_path / "b.settings.json").read_text())["adapter_sha256"] == digest
+    kept = config.read_text()
+    config.write_text(kept.replace('"lora_alpha": ', '"lora_alpha": 9'))
+    with pytest.raises(SystemExit, match="made with other adapter under the same name"):
+        answers.main([*args, "--adapter", str(tmp_path / "run")])
+    config.write_text(kept)
     for dtype, separate in (("float32", 0), ("bfloat16", 14)):  # 7 linears of 2 layers stay apart in 16 bits
         one = answers.parse_args([*args, "--adapter", str(tmp_path / "run"), "--dtype", dtype])
         loaded = lora.lora_modules(generate.load_model(one))

@@ -146,7 +146,8 @@ def test_numbers_that_are_not_finite_are_said(llava, dtype, advice):
         (0.5, 1.0, (0.23, 0.24, 0.89, 0.90), (0, 1, 1, 2)),  # squared: .09 .25 .04 of .38 -> cdf .2368 .8947 1
         (1.0, 0.7, (0.37, 0.38, 0.9999999), (0, 1, 1)),  # .5 < .7, so .3 stays, .2 goes: .375 .625 -> cdf .375 1
         (1.0, 0.5, (0.0, 0.9999999), (1, 1)),  # .5 alone holds .5
-        (1.0, 1e-9, (0.0, 0.9999999), (1, 1)),  # the best always stays
+        (1.0, 1e-300, (0.0, 0.9999999), (1, 1)),  # the best always stays
+        (1e-300, 1.0, (0.0, 0.9999999), (1, 1)),  # as greedy; log .5 / 1e-300 is infinite
     ],
 )
 def test_a_draw_falls_where_the_arithmetic_says(temperature, top_p, draws, expected):

@@ -292,9 +292,11 @@ def test_page_before_training_and_of_a_run_without_pictures(run, tiny_base, pair
     assert "leaves the picture out" in html and "<img" not in html and "owes the picture" not in html
 
 
-def test_a_folder_is_no_page(run, tmp_path):
-    with pytest.raises(SystemExit, match="a folder; give the name of the page"):
-        explain.main(["--adapter", str(run), "--row", "1", "--out", str(tmp_path)])
+@pytest.mark.parametrize("name", ["", "page.png", "pairs.jsonl"])
+def test_only_a_page_is_written(run, tmp_path, capsys, name):
+    with pytest.raises(SystemExit):
+        explain.main(["--adapter", str(run), "--row", "1", "--out", str(tmp_path / name)])
+    assert "must be the name of a .html or .htm file" in capsys.readouterr().err
 
 
 # ---- in a browser --------------------------------------------------------------------------------------------------
