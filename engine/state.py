@@ -98,8 +98,10 @@ def take_over(tensors: dict, state: dict, model, optimizer, room: Room, referenc
 
 
 def put_on_disk(path: Path) -> None:
-    """fsync of a file or folder."""
-    handle = os.open(path, os.O_RDONLY)
+    """fsync of a file or folder; Windows has none for folders, and wants a file to be open for writing."""
+    if path.is_dir() and os.name == "nt":
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(handle)
     finally:
