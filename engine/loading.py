@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -46,7 +47,16 @@ def example_loader(data: PairData, keys: Sequence[tuple[int, int]], workers: int
 def leave_signals_to_the_run(worker: int) -> None:
     """Ctrl-C and a scheduler's SIGTERM reach every process: the run ends its step and saves, then ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # Linux says who sends a signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=end_when_told_by, args=(os.getppid(),), daemon=True).start()
+
+
+def end_when_told_by(parent: int) -> None:
+    """Ends this process at the parent's SIGTERM, which also comes when the run dies; anybody else's is forgotten."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def example_bytes(data: PairData) -> int:

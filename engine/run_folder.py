@@ -37,7 +37,13 @@ from lora import lora_modules
 
 HEADER = f"{'step':>11} |   loss |    dpo    copo   ancpo |  margin   image |  acc |      lr | gnorm | pairs/s |   GiB"
 SAVE_SECONDS = 600  # between checkpoints, where --save-every does not say
-FREE = "workers out resume save_every track command made weights vision_weights left_out".split()  # when resumed
+SPLIT = (
+    "micro_batch",
+    "tokens_per_batch",
+    "checkpointing",
+)  # how a step is split: its numbers are the same but rounded
+# may differ when resumed
+FREE = (*SPLIT, *"workers out resume save_every track command made weights vision_weights left_out".split())
 
 
 # ---- the folder ----------------------------------------------------------------------------------------------------
@@ -73,8 +79,8 @@ def lock(folder: Path) -> FileLock:
     return held
 
 
-def compare_settings(folder: Path, settings: dict) -> None:
-    """SystemExit naming each setting that differs from those the run was begun with."""
+def compare_settings(folder: Path, settings: dict) -> bool:
+    """SystemExit naming each setting that differs from the begun run's. Whether its steps were split as now."""
     old = files.read_json(folder / "args.json", dict)
     now = json.loads(json.dumps(settings))  # tuples as lists, as the file has them
     differ = []
@@ -83,6 +89,7 @@ def compare_settings(folder: Path, settings: dict) -> None:
             differ.append(f"{name} was {old.get(name)!r}, now {now.get(name)!r}")
     if differ:
         raise SystemExit(f"{folder}: begun with other settings: {'; '.join(differ)}. Resume with the same command.")
+    return all(old.get(name) == now.get(name) for name in SPLIT)
 
 
 def describe(args: dict, model: nn.Module, data: PairData) -> dict:
@@ -142,8 +149,9 @@ class Run:
         self.lock = lock(self.folder) if self.world.main else None
         self.step, self.steps = 0, len(self.plan)
         if self.settings["resume"]:
-            compare_settings(self.folder, self.settings)
-            self.step = state.read_newest(self.folder, self.model, self.optimizer, self.room, self.reference)
+            same_split = compare_settings(self.folder, self.settings)
+            room = self.room if same_split else None
+            self.step = state.read_newest(self.folder, self.model, self.optimizer, room, self.reference)
             print(f"{self.folder}: resumed after {self.step} of {self.steps} steps")
         self.stopped = 0  # the signal that asked for an end
         self.listen()

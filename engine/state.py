@@ -66,8 +66,11 @@ def write_checkpoint(folder: Path, step: int, model, optimizer, room: Room, refe
     return target
 
 
-def read_newest(folder: Path, model, optimizer, room: Room, reference) -> int:
-    """Takes over the newest whole checkpoint and returns its step, 0 where there is none; names the damaged ones."""
+def read_newest(folder: Path, model, optimizer, room: Room | None, reference) -> int:
+    """Takes over the newest whole checkpoint and returns its step, 0 where there is none; names the damaged ones.
+
+    room None: steps are split anew, by other flags than before.
+    """
     for checkpoint in reversed(checkpoints(folder)):
         try:
             state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
@@ -82,7 +85,7 @@ def read_newest(folder: Path, model, optimizer, room: Room, reference) -> int:
     return 0
 
 
-def take_over(tensors: dict, state: dict, model, optimizer, room: Room, reference) -> None:
+def take_over(tensors: dict, state: dict, model, optimizer, room: Room | None, reference) -> None:
     parameters = trained_parameters(model)
     moments = {}
     with torch.no_grad():
@@ -91,8 +94,9 @@ def take_over(tensors: dict, state: dict, model, optimizer, room: Room, referenc
             moments[i] = {moment: tensors[f"{moment}.{name}"] for moment in MOMENTS}
             moments[i]["step"] = torch.tensor(float(state["step"]))
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    room.size = state["room"]["size"]
-    room.decoder.checkpointed = state["room"]["checkpointed"]
+    if room is not None:
+        room.size = state["room"]["size"]
+        room.decoder.checkpointed = state["room"]["checkpointed"]
     if reference is not None:
         reference.load(state["reference"])
 

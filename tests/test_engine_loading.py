@@ -1,8 +1,10 @@
 """Worker processes: the same examples, never more of them than shared memory holds, and a picture that has gone."""
 
 import io
+import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +72,21 @@ def test_a_picture_that_has_gone_is_named(data, workers, tmp_path):
         list(example_loader(data, epoch_keys(5, 1, seed=0), workers))
     place = f"{tmp_path}/pairs/pairs.json:4: id 'p3': {tmp_path.resolve()}/pairs/3.png"
     assert str(e.value) == f"{place}: missing image; it was there when the run began"
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="signals do not say who sends them")
+def test_a_worker_ends_by_its_parents_signal_alone(data):
+    examples = example_loader(data, epoch_keys(5, 1000, seed=0), workers=1)
+    next(examples)
+    [worker] = multiprocessing.active_children()
+    for number in ("TERM", "INT", "TERM"):  # a scheduler's, a terminal's
+        subprocess.run(["kill", f"-{number}", str(worker.pid)], check=True)
+    for _ in range(100):
+        next(examples)
+    assert worker.is_alive()
+    worker.terminate()  # as at the exit of a run that has died, which would wait for ever otherwise
+    worker.join(10)
+    assert worker.exitcode == 0
 
 
 def test_processes_share_what_is_free(monkeypatch):

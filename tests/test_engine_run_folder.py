@@ -109,6 +109,21 @@ def test_a_killed_run_resumes_to_the_bit(undisturbed, tiny_base, pairs_file, tmp
     assert len(state.checkpoints(out)) == 2
 
 
+def test_resumed_with_steps_split_otherwise(undisturbed, tiny_base, pairs_file, tmp_path):
+    """For another GPU: the flag decides, not the room that the checkpoint had; the numbers are the same but rounded."""
+    whole, out = undisturbed(), tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        killed_at(patch, 4, False)
+        train.main(flags(tiny_base, pairs_file, out))
+    (out / ".lock").unlink()
+    train.main([*flags(tiny_base, pairs_file, out), "--resume", "--micro-batch", "2", "--checkpointing", "1"])
+    rooms = [json.loads((folder / "state.json").read_text())["room"] for folder in state.checkpoints(out)]
+    assert rooms == [{"size": 2, "checkpointed": 1}] * 2
+    for expected, found in zip(result(whole)[0], result(out)[0], strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], abs=1e-4)
+    train.main([*flags(tiny_base, pairs_file, out), "--resume"])  # by the flags of the beginning again
+
+
 def test_a_torn_log_line_is_dropped(undisturbed, tiny_base, pairs_file, tmp_path, monkeypatch):
     whole, out = undisturbed(), tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
