@@ -28,6 +28,7 @@ from bases.adapter import load_adapter
 from data import BadRow, Processor, bare_question
 from engine.device import choose_device
 from external.flags import number, whole
+from external.terminal import print_any_letter
 from lora import lora_modules, merge_lora
 from model import LLaVA, causal
 
@@ -377,6 +378,7 @@ def answer_one(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    print_any_letter()
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--image", type=Path, required=True, help="a picture")
     p.add_argument("--prompt", required=True, help="a question about it; the answer is printed")

@@ -42,6 +42,7 @@ from engine.run_folder import Run, describe, probe
 from engine.sharding import shard as shard_base
 from external import tracking
 from external.flags import HelpWithDefaults, layer_count, names_of, number, refuse_foreign, whole
+from external.terminal import print_any_letter
 from formats import hub_data
 from formats.problems import Demands, examine, reasons, usable
 from formats.readers import read_data
@@ -334,7 +335,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     g.add_argument("--resume", action="store_true", help="resume after the last checkpoint of the run in --out")
     g.add_argument("--save-every", type=whole(1), help="steps between checkpoints; else ten minutes and each epoch")
     g.add_argument("--quant", choices=quant.KINDS, help="keep the decoder's frozen linears in 4 or 8 bits")
-    g.add_argument("--track", choices=tracking.KINDS, help="send the log's rows there too")
+    g.add_argument("--track", type=tracking.installed, help="send the log's rows there too: wandb or tensorboard")
     g.add_argument("--shard", action="store_true", help="under torchrun: the frozen base in pieces over the GPUs")
 
     g = p.add_argument_group("speed (engine/)")
@@ -379,6 +380,7 @@ def train_toy(args: argparse.Namespace) -> None:
 
 
 def main(argv=None) -> None:
+    print_any_letter()
     args = parse_args(argv)
     with workers_watched():
         if args.base == "toy":

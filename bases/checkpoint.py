@@ -111,6 +111,10 @@ def resolve(base: str, weights: Path | None = None, patterns: tuple[str, ...] = 
     root = os.environ.get(WEIGHTS_VARIABLE)
     if root and not revision and (Path(root) / name / "config.json").is_file():
         return Path(root) / name
+    if root and not Path(root).is_dir():
+        raise SystemExit(
+            f"{WEIGHTS_VARIABLE}={root}: no such folder; correct it, or unset it to take {name} from the hub"
+        )
     repository, size = SOURCES[name]
     return from_hub(repository, size, patterns, revision or None)
 

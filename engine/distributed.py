@@ -77,8 +77,20 @@ class World:
             dist.barrier()
 
 
+TOLD = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # by torchrun, to each process
+
+
 def under_torchrun() -> bool:
-    return "RANK" in os.environ
+    """Whether torchrun started this process. SystemExit where only a part of what it tells is there."""
+    if "RANK" not in os.environ:
+        return False
+    lacking = [name for name in TOLD if name not in os.environ]
+    numbers = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
+    wrong = [name for name in numbers if name not in lacking and not os.environ[name].isdigit()]
+    if lacking or wrong:
+        named = ", ".join(lacking + wrong)
+        raise SystemExit(f"$RANK is set, but {named} is not as torchrun sets it: unset RANK, or start it by torchrun")
+    return True
 
 
 def join() -> World:

@@ -51,8 +51,8 @@ FREE = (*SPLIT, *"workers out resume save_every track command made weights visio
 
 def probe(folder: Path, resume: bool) -> None:
     """SystemExit if a run in this folder could not begin, or be resumed; nothing is written."""
-    if folder.exists() and not folder.is_dir():
-        raise SystemExit(f"{folder}: is a file. Give another --out.")
+    if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
+        raise SystemExit(f"{folder}: is a file, or a link to nothing. Give another --out.")
     begun = (folder / "args.json").exists()
     if resume and not begun:
         raise SystemExit(f"{folder}: no run to resume (no args.json in it). Leave --resume out to begin one.")

@@ -28,6 +28,7 @@ from evals.questions import ADDED, Questions, read_questions
 from external import files
 from external.flags import whole
 from external.progress import progress
+from external.terminal import print_any_letter
 from generate import (
     add_decoding_flags,
     add_model_flags,
@@ -230,6 +231,7 @@ def answer_file(args: argparse.Namespace, source: Source | None = None) -> int:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    print_any_letter()
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--questions", type=Path, required=True, help="jsonl of {id, image, prompt, ...}")
     p.add_argument("--out", type=Path, required=True, help="answers.jsonl; what is there already is resumed")

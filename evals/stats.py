@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from external import files
+from external.terminal import print_any_letter
 
 SEED, RESAMPLES = 0, 1000  # of every bootstrap
 UNKNOWN_VERSION = "UNKNOWN VERSION"  # in the `source` of questions whose file is not a published one
@@ -222,6 +223,7 @@ def report(scored: list[tuple[dict, list[Part]]], json_path: str | None) -> None
 
 def scorer_flags(doc: str, source: str, what: str, compared: str, **more) -> argparse.ArgumentParser:
     """A parser with what every scorer takes: its source of answers or --compare of two, and --json."""
+    print_any_letter()
     parser = argparse.ArgumentParser(description=doc.split("\n")[0])
     either = parser.add_mutually_exclusive_group(required=True)
     either.add_argument(source, help=what, **more)

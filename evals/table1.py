@@ -19,6 +19,7 @@ from typing import NamedTuple
 import eval_chair
 from evals import amber, answers, mmhal, pope, questions
 from external import endpoint, files
+from external.terminal import print_any_letter
 from generate import add_model_flags
 
 
@@ -226,6 +227,7 @@ SCORERS = {"objhal": objhal_scorer, "amber": amber_scorer, "mmhal": mmhal_scorer
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    print_any_letter()
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add_model_flags(p)
     p.add_argument("--data", type=Path, required=True, help="folder of the benchmarks' files; what is missing is said")

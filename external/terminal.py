@@ -1,5 +1,8 @@
 """Text from data, files or servers, made fit to be printed: it may hold anything."""
 
+import io
+import sys
+
 LONGEST = 200  # characters of foreign text in one message
 
 
@@ -13,3 +16,9 @@ def printable(text: str, longest: int | None = None) -> str:
     if not shown.isprintable():
         shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
     return f"{shown}... ({len(text):,} characters)" if cut else shown
+
+
+def print_any_letter() -> None:
+    """From here on a letter that the console's encoding lacks is printed as its number, and ends nothing."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")

@@ -1,8 +1,6 @@
 """What the commands that look at data share: flags, the base's small files, rows as train.py sees them."""
 
 import argparse
-import io
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +9,7 @@ from bases import checkpoint
 from bases.tokenizer import load_processor
 from data import MAX_LENGTH, Processor
 from external.flags import whole
+from external.terminal import print_any_letter
 from formats import hub_data
 from formats.problems import Demands, Examined, examine
 from formats.readers import read_pairs
@@ -33,8 +32,7 @@ RECIPES = {  # tested equal to train.RECIPES
 
 def data_parser(description: str, base_required: bool) -> argparse.ArgumentParser:
     """DATA and the flags that decide which of its rows can be used, as train.py has them."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a console that has not every letter gets its number
+    print_any_letter()
     p = argparse.ArgumentParser(description=description)
     p.add_argument("data", help=f"preference file, folder, or hub data set ({', '.join(hub_data.NAMED)}, owner/name)")
     bases = ", ".join(checkpoint.SOURCES)

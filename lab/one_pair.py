@@ -27,7 +27,7 @@ from data import Example, PairData, Tokens, collate
 from engine.device import autocast_for, choose_device
 from external import files
 from external.flags import whole
-from external.terminal import printable
+from external.terminal import print_any_letter, printable
 from lora import add_lora, lora_disabled
 from losses import Logps, Rewards
 from model import LLaVA
@@ -229,6 +229,7 @@ def read_args(adapter: Path) -> dict:
 
 def pair_parser(description: str) -> argparse.ArgumentParser:
     """The flags that say which pair is meant, and before or after which training."""
+    print_any_letter()
     p = argparse.ArgumentParser(description=description)
     p.add_argument("--base", help="as in train.py; with --adapter RUN the run's own")
     p.add_argument("--data", help="as in train.py; with --adapter RUN the run's own")

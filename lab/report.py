@@ -18,6 +18,7 @@ from statistics import mean
 from typing import NamedTuple
 
 from external import files
+from external.terminal import print_any_letter
 from lab import plotting
 
 
@@ -204,6 +205,7 @@ def draw(runs: list[Path], file: Path):
 
 
 def main(argv=None) -> None:
+    print_any_letter()
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
     p.add_argument("--table", action="store_true", help="print the benchmarks' results beside the paper's")

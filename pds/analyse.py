@@ -28,6 +28,7 @@ from torch import Tensor
 
 from external import files
 from external.flags import file_ending, whole
+from external.terminal import print_any_letter
 from pds import candidates, clip_score, figures, rank_images, runner
 from pds.runner import Row
 
@@ -298,6 +299,7 @@ def print_answers(found: dict) -> None:
 
 
 def parse_args(argv=None) -> argparse.Namespace:
+    print_any_letter()
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument(
         "input", type=Path, nargs="+", metavar="FILE", help="rows of rank_images, of rank_responses, or both"

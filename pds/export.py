@@ -20,6 +20,7 @@ from pathlib import Path
 import pictures
 from external import files
 from external.flags import number, whole
+from external.terminal import print_any_letter
 from pds import card, runner
 from pds.candidates import Export, Rules, bare, by_question, choose, without_echo
 from pds.runner import Row
@@ -130,6 +131,7 @@ def write(args: argparse.Namespace, export: Export, topics: dict[str, str], read
 
 
 def parse_args(argv=None) -> argparse.Namespace:
+    print_any_letter()
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("input", type=Path, metavar="IN", help="ranked.jsonl: {id, image, prompt, responder, answer, score}")
     p.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the data set; an old one is replaced")

@@ -36,6 +36,7 @@ import torch
 from external import files
 from external.flags import file_ending, whole
 from external.progress import progress
+from external.terminal import print_any_letter
 
 INSTALL = "python .ci/install.py pds"
 Row = dict
@@ -339,6 +340,7 @@ def add_flags(p: argparse.ArgumentParser) -> None:
 
 
 def check_flags(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    print_any_letter()
     if not 0 <= args.shard_index < args.shard_count:
         p.error(f"--shard-index runs from 0 to --shard-count - 1, which is {args.shard_count - 1}")
     files.check_writable(args.out, [args.input] if "input" in args else [])

@@ -2,6 +2,9 @@
 
 import io
 import json
+import os
+import subprocess
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -14,7 +17,7 @@ from bench import big_checkpoint, certificate, training
 from evals import amber, table1
 from formats import hub_data, show
 from lab import demo, explain, one_pair, report, tables
-from tests.faults_bench import Bench, Ended, Outcome, call, change_json, fault, holds, refused, used, worst
+from tests.faults_bench import ROOT, Bench, Ended, Outcome, call, change_json, fault, holds, refused, used, worst
 from tests.faults_files import ARCHIVES, SCORERS, lines
 
 LOOKING, COMBINED = "Looking at pairs and runs", "Flags that do not go together, places that are none"
@@ -172,8 +175,6 @@ def places(bench: Bench) -> Outcome:
 
 @fault("N6", COMBINED, "a FIFO as --data, as --questions, as --adapter's weights")
 def fifos(bench: Bench) -> Outcome:
-    import os
-
     os.mkfifo(bench.folder / "pairs" / "f.jsonl")
     data = refused(bench.train(data=bench.folder / "pairs" / "f.jsonl"), "f.jsonl")
     questions = refused(bench.ask("--questions", bench.folder / "pairs" / "f.jsonl"), "f.jsonl")
@@ -200,6 +201,34 @@ def one_answer(bench: Bench) -> Outcome:
     for prompt in ("", " ", "a\ud800"):
         flags = ("--base", bench.base, "--image", bench.folder / "pairs" / "0.png", "--max-new-tokens", 3)
         outcomes[repr(prompt)] = refused(call(generate.main, *flags, "--prompt", prompt), "--prompt")
+    return worst(outcomes)
+
+
+@fault(
+    "N17", COMBINED, "a console in ASCII; NANOMDPO_WEIGHTS of no folder; RANK without torchrun; --out a link to nothing"
+)
+def surroundings(bench: Bench) -> Outcome:
+    run = bench.adapter()
+    ascii_only = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    command = [sys.executable, "-m", "lab.report", str(run), "--table"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | ascii_only)
+    outcomes = {"ASCII": used(Ended(done.returncode, done.stdout, done.stderr), "\\u2191")}
+    flags = ("--image", bench.folder / "pairs" / "0.png", "--prompt", "What?")
+    with mock.patch.dict(os.environ, NANOMDPO_WEIGHTS="/none"):
+        outcomes["weights"] = refused(call(generate.main, "--base", "llava-1.5-7b", *flags), "NANOMDPO_WEIGHTS")
+    for more in (
+        {"RANK": "0"},
+        {"RANK": "x", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
+    ):
+        with mock.patch.dict(os.environ, more):
+            outcomes[f"{len(more)} variables"] = refused(bench.train("--out", bench.folder / "r"), "torchrun")
+    (bench.folder / "link").symlink_to("none")
+    with mock.patch.object(train, "load_base_and_data", side_effect=AssertionError("loaded")):
+        outcomes["link"] = refused(bench.train("--out", bench.folder / "link"), "link to nothing")
+        with mock.patch.dict("sys.modules", wandb=None):
+            outcomes["--track"] = refused(
+                bench.train("--out", bench.folder / "r", "--track", "wandb"), "pip install wandb"
+            )
     return worst(outcomes)
 
 
