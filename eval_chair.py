@@ -350,8 +350,7 @@ def main(argv: list[str] | None = None) -> None:
         replies = [str(Path(path).with_suffix(".replies.json")) if args.url else None for path in paths]
     if len(replies) != len(paths):
         parser.error("--replies needs one file per answer file")
-    if args.json:
-        files.check_writable(args.json, [*paths, *replies, args.synonyms])
+    stats.check_json(args.json, [*paths, *replies, args.synonyms])
     vocabulary = load_vocabulary(args.synonyms, args.protocol)
     scored = [score(path, reply, vocabulary, args) for path, reply in zip(paths, replies, strict=True)]
     stats.report(scored, args.json)

@@ -42,7 +42,6 @@ from engine.run_folder import Run, describe, probe
 from engine.sharding import shard as shard_base
 from external import tracking
 from external.flags import HelpWithDefaults, layer_count, names_of, number, refuse_foreign, whole
-from external.terminal import print_any_letter
 from formats import hub_data
 from formats.problems import Demands, examine, reasons, usable
 from formats.readers import read_data
@@ -380,7 +379,6 @@ def train_toy(args: argparse.Namespace) -> None:
 
 
 def main(argv=None) -> None:
-    print_any_letter()
     args = parse_args(argv)
     with workers_watched():
         if args.base == "toy":

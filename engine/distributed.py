@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from external.terminal import print_any_letter
+
 PATIENCE = timedelta(minutes=30)  # the slowest thing a rank waits for is another rank's loading
 
 
@@ -95,6 +97,7 @@ def under_torchrun() -> bool:
 
 def join() -> World:
     """The world that torchrun's environment describes; ranks but the first print nothing."""
+    print_any_letter()
     if dist.is_initialized():
         return World(dist.get_rank(), dist.get_world_size())
     if not under_torchrun():

@@ -324,8 +324,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--yes-no", default="exact", choices=["exact", "first-word"], help="how Yes and No are read")
     parser.add_argument("--partial", action="store_true", help="score fewer ids than the kind has")
     args = parser.parse_args(argv)
-    if args.json:
-        files.check_writable(args.json, [*(args.compare or args.answers), args.similarity])
+    stats.check_json(args.json, [*(args.compare or args.answers), args.similarity])
     nouns_of = every_word if args.no_tagger else None
     if args.tagger:
         nouns_of = load_tagger(args.tagger)

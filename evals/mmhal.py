@@ -172,8 +172,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--answers, --template, --prompt and --reviews go together")
     if args.url and not (args.model and args.answers):
         parser.error("--judge needs --judge-model, --answers, --template and --prompt")
-    if args.json:
-        files.check_writable(args.json, [args.reviews, *together, *(args.compare or [])])
+    stats.check_json(args.json, [args.reviews, *together, *(args.compare or [])])
     scored = [score(path, args) for path in args.compare or [args.reviews]]
     for result, _ in scored:
         print(" | ".join(f"{name} {value:.2f}" for name, value in result["per_type"].items()))

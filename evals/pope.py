@@ -147,8 +147,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if len(args.labels) != len(args.answers or [0]):
         parser.error("--labels needs one file per file of --answers, or one with --compare")
-    if args.json:
-        files.check_writable(args.json, [*(args.compare or args.answers), *args.labels])
+    stats.check_json(args.json, [*(args.compare or args.answers), *args.labels])
     compared = [[path] for path in args.compare] if args.compare else [args.answers]
     scored = [score(paths, args.labels) for paths in compared]
     for result, _ in scored:

@@ -221,6 +221,12 @@ def report(scored: list[tuple[dict, list[Part]]], json_path: str | None) -> None
         files.write_json(json_path, written)
 
 
+def check_json(json_path: str | None, reads: list[str | None]) -> None:
+    """SystemExit if --json cannot be written, or is one of the files that the command reads: paid replies, say."""
+    if json_path:
+        files.check_writable(json_path, reads)
+
+
 def scorer_flags(doc: str, source: str, what: str, compared: str, **more) -> argparse.ArgumentParser:
     """A parser with what every scorer takes: its source of answers or --compare of two, and --json."""
     print_any_letter()
