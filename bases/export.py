@@ -47,7 +47,9 @@ QUESTION = "Describe this image in detail."
 
 def main(argv=None) -> None:
     args = parse_args(argv)
-    out, part = args.out, args.out.with_name(args.out.name + ".part")
+    out, part = args.out, Path(f"{args.out}.part")
+    if out.exists():
+        raise SystemExit(f"{out}: exists already; an export never overwrites")
     try:
         part.mkdir(parents=True)
     except FileExistsError:

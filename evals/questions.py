@@ -252,10 +252,13 @@ def main(argv: list[str] | None = None) -> None:
     args = p.parse_args(argv)
     if (args.benchmark == "folder") != bool(args.prompt):
         p.error("folder needs --prompt, and the benchmarks have their own")
+    if args.prompt and not args.prompt.replace("<image>", "").strip():
+        p.error("--prompt: no question in it")
     if args.benchmark == "folder":
         rows, where = folder_rows(args.file, args.prompt), args.file
     else:
         rows, where = make(args.benchmark, args.file, args.strict), OFFICIAL[args.benchmark].pictures
+    files.check_writable(args.out, [args.file])
     write(rows, args.out)
     print(f"{args.out}: {len(rows)} questions. Their pictures: {where} (a folder elsewhere is --image-root)")
 

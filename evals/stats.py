@@ -223,7 +223,7 @@ def report(scored: list[tuple[dict, list[Part]]], json_path: str | None) -> None
 
 def check_json(json_path: str | None, reads: list[str | None]) -> None:
     """SystemExit if --json cannot be written, or is one of the files that the command reads: paid replies, say."""
-    if json_path:
+    if json_path is not None:
         files.check_writable(json_path, reads)
 
 

@@ -233,7 +233,13 @@ def check_endpoint(url: str) -> None:
         raise SystemExit(
             f"{printable(url)}: the endpoint must start with http:// or https://, such as https://host/v1."
         )
-    parts = urllib.parse.urlsplit(url)
+    try:
+        parts = urllib.parse.urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        raise SystemExit(f"{printable(url)}: no address of an endpoint ({error}).") from None
+    if not parts.hostname or port == 0:
+        raise SystemExit(f"{printable(url)}: the endpoint has no host, such as https://host/v1.")
     if parts.username or parts.query:  # not shown: it may be a password
         raise SystemExit(f"The endpoint's address must have no user and no ?query; a key goes into {KEY_VARIABLE}.")
     read_key()

@@ -23,6 +23,7 @@ from tests import (  # noqa: F401  each puts its faults into FAULTS
     faults_more,
     faults_pds,
     faults_pictures,
+    faults_places,
     faults_resumed,
     faults_weights,
 )

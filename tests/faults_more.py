@@ -3,8 +3,6 @@
 import io
 import json
 import os
-import subprocess
-import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -17,7 +15,7 @@ from bench import big_checkpoint, certificate, training
 from evals import amber, table1
 from formats import hub_data, show
 from lab import demo, explain, one_pair, report, tables
-from tests.faults_bench import ROOT, Bench, Ended, Outcome, call, change_json, fault, holds, refused, used, worst
+from tests.faults_bench import Bench, Ended, Outcome, call, fault, holds, refused, used, worst
 from tests.faults_files import ARCHIVES, SCORERS, lines
 
 LOOKING, COMBINED = "Looking at pairs and runs", "Flags that do not go together, places that are none"
@@ -202,62 +200,6 @@ def one_answer(bench: Bench) -> Outcome:
         flags = ("--base", bench.base, "--image", bench.folder / "pairs" / "0.png", "--max-new-tokens", 3)
         outcomes[repr(prompt)] = refused(call(generate.main, *flags, "--prompt", prompt), "--prompt")
     return worst(outcomes)
-
-
-@fault(
-    "N17", COMBINED, "a console in ASCII; NANOMDPO_WEIGHTS of no folder; RANK without torchrun; --out a link to nothing"
-)
-def surroundings(bench: Bench) -> Outcome:
-    run = bench.adapter()
-    ascii_only = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
-    command = [sys.executable, "-m", "lab.report", str(run), "--table"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | ascii_only)
-    outcomes = {"ASCII": used(Ended(done.returncode, done.stdout, done.stderr), "\\u2191")}
-    flags = ("--image", bench.folder / "pairs" / "0.png", "--prompt", "What?")
-    with mock.patch.dict(os.environ, NANOMDPO_WEIGHTS="/none"):
-        outcomes["weights"] = refused(call(generate.main, "--base", "llava-1.5-7b", *flags), "NANOMDPO_WEIGHTS")
-    for more in (
-        {"RANK": "0"},
-        {"RANK": "x", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
-    ):
-        with mock.patch.dict(os.environ, more):
-            outcomes[f"{len(more)} variables"] = refused(bench.train("--out", bench.folder / "r"), "torchrun")
-    (bench.folder / "link").symlink_to("none")
-    with mock.patch.object(train, "load_base_and_data", side_effect=AssertionError("loaded")):
-        outcomes["link"] = refused(bench.train("--out", bench.folder / "link"), "link to nothing")
-        with mock.patch.dict("sys.modules", wandb=None):
-            outcomes["--track"] = refused(
-                bench.train("--out", bench.folder / "r", "--track", "wandb"), "pip install wandb"
-            )
-    return worst(outcomes)
-
-
-@fault("N16", COMBINED, "--temperature and --top-p of 1e-300; shards beside a[1].jsonl; an adapter's edited lora_alpha")
-def odd_answers(bench: Bench) -> Outcome:
-    flags = (
-        "--base",
-        bench.base,
-        "--image",
-        bench.folder / "pairs" / "0.png",
-        "--prompt",
-        "What?",
-        "--max-new-tokens",
-        3,
-    )
-    greedy = call(generate.main, *flags).text
-    outcomes = {}
-    for more in (("--temperature", 1e-300), ("--temperature", 1, "--top-p", 1e-300)):
-        text = call(generate.main, *flags, *more).text
-        outcomes[str(more)] = holds(text == greedy, "as greedy", f"{text!r}, greedy {greedy!r}")
-    out = ("--out", bench.folder / "a[1].jsonl")
-    for i in range(2):
-        outcomes[f"shard {i}"] = used(bench.ask(*out, "--shard-index", i, "--shard-count", 2))
-    outcomes["joined"] = used(bench.ask(*out), "3 answers, 0 of them new")
-    outcomes["--out is --questions"] = refused(bench.ask("--out", bench.folder / "pairs" / "q.jsonl"), "is read by")
-    run = ("--adapter", bench.adapter())
-    outcomes["adapter"] = used(bench.ask(*run))
-    change_json(bench.out / "adapter_config.json", {"lora_alpha": 99})
-    return worst(outcomes | {"lora_alpha": refused(bench.ask(*run), "other adapter")})
 
 
 # ---- the other scorers ---------------------------------------------------------------------------------------------
