@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 KINDS = ("nf4", "int8")
 BLOCK = 64
+AT_ONCE = 2**16  # blocks, so that the work takes little memory beside a large weight
 # Quantiles of N(0, 1), eight for the negative side, zero, seven for the positive, divided by the largest (QLoRA, E).
 NF4_LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
@@ -31,13 +32,21 @@ NF4_LEVELS = (
 
 def quantise_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
     """(out, in) -> codes (n / 2,) uint8, the first of two weights in the high half, and scales (n / 64,) float32."""
-    levels = torch.tensor(NF4_LEVELS, device=weight.device)
+    flat = weight.flatten()  # (out * in,)
+    if len(flat) % BLOCK:
+        flat = F.pad(flat, (0, -len(flat) % BLOCK))  # (n,)
+    parts = [quantise_blocks(blocks) for blocks in flat.view(-1, BLOCK).split(AT_ONCE)]  # (n,) -> (n / 64, 64)
+    return torch.cat([codes for codes, _ in parts]), torch.cat([scales for _, scales in parts])
+
+
+def quantise_blocks(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """(b, 64) -> codes (32 b,) uint8 and scales (b,)."""
+    levels = torch.tensor(NF4_LEVELS, device=blocks.device)
     midpoints = (levels[:-1] + levels[1:]) / 2
-    flat = weight.flatten().float()
-    blocks = F.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)  # (out * in,) -> (n / 64, 64)
+    blocks = blocks.float()
     scales = blocks.abs().amax(1)
     scaled = blocks * (1 / scales.clamp(min=1e-38))[:, None]  # in -1 .. 1; a block of zeros stays 0
-    codes = torch.bucketize(scaled, midpoints, out_int32=True).to(torch.uint8).flatten()  # (n,) 0 .. 15
+    codes = torch.bucketize(scaled, midpoints, out_int32=True).to(torch.uint8).flatten()  # (64 b,) 0 .. 15
     return codes[0::2] << 4 | codes[1::2], scales
 
 

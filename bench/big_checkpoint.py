@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 BOUND = 1.10
 ROOM = 10**9  # float32 copies of the largest linear, 4096 x 11008
 MEASURE = """
-import json, resource, sys, time
+import json, sys, time
 from pathlib import Path
 import torch
 from bases.checkpoint import load_model
@@ -35,7 +35,8 @@ start = time.perf_counter()
 model = load_model(Path(folder), dtype=getattr(torch, dtype), device=device, quant=quant or None)
 seconds = time.perf_counter() - start
 size = sum(p.nbytes for p in model.parameters())
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# not ru_maxrss, which begins with that of the process this one was started from
+[peak] = [int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM")]
 print(json.dumps({"seconds": seconds, "size": size, "peak": peak}))
 """
 
