@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -72,6 +73,16 @@ def test_a_picture_that_has_gone_is_named(data, workers, tmp_path):
         list(example_loader(data, epoch_keys(5, 1, seed=0), workers))
     place = f"{tmp_path}/pairs/pairs.json:4: id 'p3': {tmp_path.resolve()}/pairs/3.png"
     assert str(e.value) == f"{place}: missing image; it was there when the run began"
+
+
+def test_every_epoch_has_its_own_order():
+    """numpy's permutation by (seed, epoch), whatever the number of epochs."""
+    keys = epoch_keys(6, 2, seed=3)
+    for epoch in (0, 1):
+        order = np.random.default_rng((3, epoch)).permutation(6)
+        assert keys[6 * epoch : 6 * epoch + 6] == [(epoch, index) for index in order]
+    assert [index for _, index in keys[:6]] != [index for _, index in keys[6:]]
+    assert epoch_keys(6, 1, seed=3) == keys[:6] != epoch_keys(6, 1, seed=4)
 
 
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="signals do not say who sends them")

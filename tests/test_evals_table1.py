@@ -72,15 +72,17 @@ def quick(monkeypatch, tiny_base):
     return made
 
 
-def test_the_table_by_one_command_and_again(data, quick, tiny_base, tmp_path, capsys):
+def test_the_table_by_one_command_and_again(data, quick, tiny_base, tmp_path, capsys, monkeypatch):
+    loaded, load_model = [], answers.load_model
+    monkeypatch.setattr(answers, "load_model", lambda args: loaded.append(args) or load_model(args))
     argv = ["--base", str(tiny_base), "--data", str(data), "--out", str(tmp_path / "run")]
     with serve(answer=lambda body: '["dog", "cat"]' if body.get("top_p") else "Rating: 5") as server:
         argv += ["--extractor", server.url, "--extractor-model", "m", "--judge", server.url, "--judge-model", "m"]
         table1.main(argv)
         first = capsys.readouterr().out
-        assert len(server.seen) == 2 + 96 and len(quick) == 2 + 2 + 96
-        table1.main(argv)  # nothing is asked or made again
-        assert len(server.seen) == 2 + 96 and len(quick) == 2 + 2 + 96
+        assert len(server.seen) == 2 + 96 and len(quick) == 2 + 2 + 96 and len(loaded) == 1
+        table1.main(argv)  # nothing is asked, made or loaded again
+        assert len(server.seen) == 2 + 96 and len(quick) == 2 + 2 + 96 and len(loaded) == 1
     assert "amber-generative: 1004 of 1004 answers to go, the log will say how long" in first
     assert "amber: no" in first and "equal words only, not comparable" in first
     assert "amber-generative: 1002 of 1004 answers to go, about " in capsys.readouterr().out

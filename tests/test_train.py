@@ -111,6 +111,22 @@ def test_the_loss_is_a_mean_over_examples_not_over_micro_batches(tiny_base, pair
         assert_same_run(whole, run(tiny_base, pairs_file, tmp_path / str(size), *flags, "--micro-batch", size))
 
 
+def test_beta_delta_and_clip_reach_the_loop(tiny_base, pairs_file, tmp_path):
+    """In step 0 all rewards are 0. There the gradient is beta / 2 a term, of AncPO beta sigma(delta), and L_AncPO is
+    log(1 + e^delta); a gradient clipped to nothing leaves AdamW's step far below its epsilon, and the rewards at 0."""
+    flags = ("--batch", 5, "--epochs", 2, "--warmup", 0, "--lr", 1e-3)
+    ancpo = (*flags, "--terms", "ancpo")
+    one = run(tiny_base, pairs_file, tmp_path / "1", *ancpo, "--beta", 0.1)[0]
+    two = run(tiny_base, pairs_file, tmp_path / "2", *ancpo, "--beta", 0.2)[0]
+    assert two[0]["grad_norm"] == pytest.approx(2 * one[0]["grad_norm"], rel=1e-4)
+    shifted = run(tiny_base, pairs_file, tmp_path / "3", *ancpo, "--beta", 0.1, "--delta", 2)[0]
+    assert shifted[0]["losses/ancpo"] == pytest.approx(math.log(1 + math.exp(2)), rel=1e-5)
+    assert shifted[0]["grad_norm"] == pytest.approx(2 / (1 + math.exp(-2)) * one[0]["grad_norm"], rel=1e-4)
+    clipped = run(tiny_base, pairs_file, tmp_path / "4", *ancpo, "--clip", 1e-12)[0]
+    assert clipped[1]["rewards/chosen"] == pytest.approx(0, abs=1e-4)
+    assert abs(one[1]["rewards/chosen"]) > 0.01
+
+
 def test_fast_path_follows_the_plain_path_for_20_steps(tiny_base, pairs_file, tmp_path):
     flags = ("--batch", 3, "--epochs", 10, "--lr", 1e-3)
     plain = run(tiny_base, pairs_file, tmp_path / "plain", *flags)
