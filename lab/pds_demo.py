@@ -147,6 +147,8 @@ def main(argv=None) -> None:
     p.add_argument("--out", type=Path, default=Path("runs") / "pds-demo", help="folder (default runs/pds-demo)")
     args = p.parse_args(argv)
     out, models = args.out, args.out / "models"
+    if out.exists() and not models.is_dir() and (out.is_file() or any(out.iterdir())):
+        raise SystemExit(f"{out}: something else is there, not a demo of before. Give another --out, or remove it.")
     write_models(models)
     with endpoint() as url:
         run_stages(out, models, url)

@@ -18,7 +18,7 @@ from statistics import mean
 from typing import NamedTuple
 
 from external import files
-from external.terminal import print_any_letter
+from external.terminal import print_any_letter, printable
 from lab import plotting
 
 
@@ -119,7 +119,7 @@ def table(runs: list[Path]) -> str:
     footnotes = {}  # reason -> mark
     for run in runs:
         found = results(run)
-        rows.append([str(run).replace("|", "\\|"), *(cell(found, column, footnotes) for column in COLUMNS)])
+        rows.append([printable(str(run)).replace("|", "\\|"), *(cell(found, column, footnotes) for column in COLUMNS)])
         below += [f"- {note}" for note in notes(run, found)]
     for name, numbers in PAPER:
         rows.append([f"{name} (the paper's)", *numbers.split(), "-", "-"])  # it does not report POPE

@@ -10,6 +10,7 @@ import train
 from bases import export
 from evals import questions
 from external import endpoint
+from lab import pds_demo, report
 from tests.faults_bench import ROOT, Bench, Ended, Outcome, call, change_json, fault, holds, refused, used, worst
 from tests.faults_more import COMBINED, chair, coco
 
@@ -59,6 +60,13 @@ def odd_places(bench: Bench) -> Outcome:
     rows = bench.data([{"question_id": 1, "image": "a.jpg", "text": "Is it?", "label": "yes"}], "pope.jsonl")
     outcomes["over"] = refused(call(questions.main, "pope", rows, "--out", rows), "is read by")
     outcomes["export"] = refused(call(export.main, "--base", bench.base, "--out", ""), "exists already")
+    for place in (folder, folder / "1.png"):
+        outcomes[f"pds_demo {place.name}"] = refused(call(pds_demo.main, "--out", place), "--out")
+    outcomes["left as it was"] = holds(not (folder / "models").exists(), "yes", "models are written into it")
+    run = bench.folder / "a\nb"
+    run.mkdir()
+    rows = [line for line in call(report.main, run, "--table").text.splitlines() if line.startswith("| ")]
+    outcomes["a run of two lines"] = holds({row.count("|") for row in rows} == {12}, "escaped", rows[1])
     coco(bench)
     outcomes["--json"] = refused(chair(bench, [{"image_id": 1, "caption": "A dog."}], "--json", ""), "directory")
     for address in ("http://", "http://[", "http://host:x/v1", "https:///v1"):
