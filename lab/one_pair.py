@@ -203,7 +203,7 @@ def run_settings(args: argparse.Namespace) -> argparse.Namespace:
     for flag, value in (("--base", base), ("--data", data)):
         if not value:
             raise SystemExit(f"{flag} is needed: there is no args.json of a run of train.py that names it")
-    settings = vars(train.parse_args(["--base", base, "--data", data]))
+    settings = vars(train.parse_args([f"--base={base}", f"--data={data}", *as_flags(recorded)]))
     settings |= {name: recorded[name] for name in settings.keys() & recorded.keys()}
     if base != recorded.get("base"):
         settings |= {"weights": None, "vision_weights": None}
@@ -214,6 +214,17 @@ def run_settings(args: argparse.Namespace) -> argparse.Namespace:
         path = vars(args)[name] or settings[name]
         settings[name] = Path(path) if path else None
     return argparse.Namespace(**settings)
+
+
+def as_flags(recorded: dict) -> list[str]:
+    """What decides a pair's numbers as train.py's flags, which refuse what an args.json was not written with."""
+    flags = []
+    for name in ("recipe", "terms", "anchors", "beta", "delta", "rejected_image", "max_length", "seed"):
+        value = recorded.get(name)
+        if value is not None:
+            text = ",".join(map(str, value)) if isinstance(value, list) else value
+            flags.append(f"--{name.replace('_', '-')}={text}")
+    return flags
 
 
 def read_args(adapter: Path) -> dict:

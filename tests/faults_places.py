@@ -10,7 +10,7 @@ import train
 from bases import export
 from evals import questions
 from external import endpoint
-from lab import pds_demo, report
+from lab import one_pair, pds_demo, report
 from tests.faults_bench import ROOT, Bench, Ended, Outcome, call, change_json, fault, holds, refused, used, worst
 from tests.faults_more import COMBINED, chair, coco
 
@@ -67,6 +67,13 @@ def odd_places(bench: Bench) -> Outcome:
     run.mkdir()
     rows = [line for line in call(report.main, run, "--table").text.splitlines() if line.startswith("| ")]
     outcomes["a run of two lines"] = holds({row.count("|") for row in rows} == {12}, "escaped", rows[1])
+    adapter = bench.adapter()
+    kept = (adapter / "args.json").read_text()
+    for name, value in {"beta": 0, "delta": "x", "terms": ["x"], "rejected_image": 3, "max_length": "x"}.items():
+        (adapter / "args.json").write_text(kept)
+        change_json(adapter / "args.json", {name: value})
+        flag = "--" + name.replace("_", "-")
+        outcomes[f"args.json, {name}"] = refused(call(one_pair.main, "--adapter", adapter, "--row", 1), flag)
     coco(bench)
     outcomes["--json"] = refused(chair(bench, [{"image_id": 1, "caption": "A dog."}], "--json", ""), "directory")
     for address in ("http://", "http://[", "http://host:x/v1", "https:///v1"):
