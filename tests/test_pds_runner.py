@@ -307,6 +307,7 @@ def test_two_processes_never_write_one_file(numbers):
         ("", r"in.jsonl: no rows"),
         ('{"id": "a", "n": 1}\n{"id": ', r"in.jsonl:2: broken JSON"),
         (b'{"id": "a", "n": 1}\n{"id": "\xff", "n": 1}\n', r"in.jsonl:2: not UTF-8"),
+        ('{"id": "a", "n": 1, "t": "half \\ud83d"}\n', r"in.jsonl:1: half of a surrogate pair"),
     ],
 )
 def test_bad_input_is_named_by_file_and_line_before_anything_is_loaded(numbers, text, message):
