@@ -6,6 +6,7 @@ wait for ever: so how many examples are under way is fitted to what is free.
 """
 
 import math
+import multiprocessing
 import os
 import shutil
 import signal
@@ -48,8 +49,9 @@ def leave_signals_to_the_run(worker: int) -> None:
     """Ctrl-C and a scheduler's SIGTERM reach every process: the run ends its step and saves, then ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # Linux says who sends a signal
+        run = multiprocessing.parent_process()
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=end_when_told_by, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=end_when_told_by, args=(run.pid,), daemon=True).start()
 
 
 def end_when_told_by(parent: int) -> None:
