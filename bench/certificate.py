@@ -23,6 +23,7 @@ from data import PairData
 from engine.device import choose_device
 from engine.run_folder import environment
 from external.files import check_writable, read_json, read_rows, sha256, write_json
+from formats.problems import Demands, examine, usable
 from formats.readers import read_pairs
 from lora import add_lora, merge_lora
 from model import LLaVA
@@ -90,7 +91,9 @@ def main(argv=None) -> None:
     device = choose_device()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model, folder = load_base(args.base, dtype=dtype, device=device)
-    data = PairData(pairs[:2], load_processor(folder, model.config), "crop")
+    processor = load_processor(folder, model.config)
+    good = usable(examine(args.data, pairs[:16], [], processor, Demands()), skip_bad=True)
+    data = PairData(good[:2], processor, "crop")
     certificate = {
         "first_loss": start,
         "equal_at_zero": equal_at_zero(model, data),
