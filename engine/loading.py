@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 
@@ -35,7 +36,7 @@ def example_loader(data: PairData, keys: Sequence[tuple[int, int]], workers: int
         num_workers=workers,
         prefetch_factor=ahead if workers else None,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=leave_signals_to_the_run,
+        worker_init_fn=begin_worker,
     )
     try:
         yield from loader
@@ -45,8 +46,9 @@ def example_loader(data: PairData, keys: Sequence[tuple[int, int]], workers: int
         ) from None  # a worker's brings its traceback along
 
 
-def leave_signals_to_the_run(worker: int) -> None:
+def begin_worker(number: int) -> None:
     """Ctrl-C and a scheduler's SIGTERM reach every process: the run ends its step and saves, then ends its workers."""
+    sys.excepthook = say_but_cut_connections
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # Linux says who sends a signal
         run = multiprocessing.parent_process()
@@ -59,6 +61,12 @@ def end_when_told_by(parent: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)
+
+
+def say_but_cut_connections(kind, error, trace) -> None:
+    """A worker that was just handing pictures over to a run that died has nothing to say; the run has."""
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, trace)
 
 
 def example_bytes(data: PairData) -> int:

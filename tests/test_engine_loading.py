@@ -100,6 +100,13 @@ def test_a_worker_ends_by_its_parents_signal_alone(data):
     assert worker.exitcode == 0
 
 
+def test_a_worker_is_silent_where_the_run_has_died(capsys):
+    loading.say_but_cut_connections(ConnectionResetError, ConnectionResetError(104, "reset"), None)
+    assert capsys.readouterr().err == ""
+    loading.say_but_cut_connections(KeyError, KeyError("pixels"), None)
+    assert "KeyError: 'pixels'" in capsys.readouterr().err
+
+
 def test_processes_share_what_is_free(monkeypatch):
     free = free_shared_memory()
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
