@@ -361,7 +361,7 @@ def exported(bench: Bench) -> Outcome:
     expected = answer(bench, "--adapter", run).text
     bench.base = bench.folder / "merged"
     found = answer(bench).text
-    return holds(found == expected, f"{expected!r}", f"{found!r}, not {expected!r}")
+    return holds(found == expected, "the same answer", f"{found!r}, not {expected!r}")
 
 
 @fault("90", CHECKPOINTS, "--weights of another base than --base; a folder that is none")
