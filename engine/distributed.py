@@ -113,7 +113,9 @@ def join() -> World:
 
 
 def leave() -> None:
+    """Together: no rank takes its connections down while another still writes what the run leaves."""
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
 
 
