@@ -87,9 +87,10 @@ def test_every_epoch_has_its_own_order():
 
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="signals do not say who sends them")
 def test_a_worker_ends_by_its_parents_signal_alone(data):
+    before = multiprocessing.active_children()  # of other tests
     examples = example_loader(data, epoch_keys(5, 1000, seed=0), workers=1)
     next(examples)
-    [worker] = multiprocessing.active_children()
+    [worker] = [child for child in multiprocessing.active_children() if child not in before]
     for number in ("TERM", "INT", "TERM"):  # a scheduler's, a terminal's
         subprocess.run(["kill", f"-{number}", str(worker.pid)], check=True)
     for _ in range(100):
