@@ -28,7 +28,7 @@ from engine import packing
 from engine.device import autocast_for, compile_blocks, has_flash
 from engine.memory import GIB
 from generate import generate as answer
-from lora import lora_disabled
+from lora import lora_disabled, lora_modules
 from model import rope_table
 
 BANDWIDTH = 4.3e12  # bytes a second that an H200 reads in practice
@@ -205,6 +205,8 @@ def kept_bytes(forward, s: Sizes) -> float:
 def generate(s: Sizes, report: Report) -> None:
     """Tokens a second of greedy answers that never end, by rows at once, with the adapter and without."""
     model = adapted_model(s.full, torch.bfloat16, s.device)
+    for module in lora_modules(model).values():
+        module.to(torch.bfloat16)  # as generate.load_model does
     model.config = dataclasses.replace(s.full, eos_id=-1)
     new = 48 if s.cuda else 4
     weights = 2 * sum(p.numel() for name, p in model.language_model.named_parameters() if "lora_" not in name)
