@@ -128,6 +128,20 @@ def test_beta_delta_and_clip_reach_the_loop(tiny_base, pairs_file, tmp_path):
     assert abs(one[1]["rewards/chosen"]) > 0.01
 
 
+NONSENSE = (
+    "--clip -1,--clip 0,--max-steps -3,--max-steps 0,--beta 0,--beta -1,--lora-alpha 0,--warmup -1,--warmup 2,--lr nan"
+)
+
+
+@pytest.mark.parametrize("words", NONSENSE.split(","))
+def test_a_number_out_of_its_range_ends_before_anything_is_loaded(words, capsys):
+    """Each of these once trained, with exit status 0: --clip -1 uphill, --max-steps -3 not at all."""
+    with pytest.raises(SystemExit) as end:
+        train.parse_args(["--base", "none", *words.split()])
+    flag, value = words.split()
+    assert end.value.code == 2 and f"argument {flag}: {value}: must be" in capsys.readouterr().err
+
+
 def test_fast_path_follows_the_plain_path_for_20_steps(tiny_base, pairs_file, tmp_path):
     flags = ("--batch", 3, "--epochs", 10, "--lr", 1e-3)
     plain = run(tiny_base, pairs_file, tmp_path / "plain", *flags)
