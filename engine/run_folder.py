@@ -37,13 +37,9 @@ from lora import lora_modules
 
 HEADER = f"{'step':>11} |   loss |    dpo    copo   ancpo |  margin   image |  acc |      lr | gnorm | pairs/s |   GiB"
 SAVE_SECONDS = 600  # between checkpoints, where --save-every does not say
-SPLIT = (
-    "micro_batch",
-    "tokens_per_batch",
-    "checkpointing",
-)  # how a step is split: its numbers are the same but rounded
-# may differ when resumed
-FREE = (*SPLIT, *"workers out resume save_every track command made weights vision_weights left_out".split())
+SPLIT = "micro_batch tokens_per_batch checkpointing".split()  # how a step is split: the same numbers but rounded
+# what may differ when a run is resumed
+FREE = SPLIT + "workers out resume save_every track command made weights vision_weights left_out".split()
 
 
 # ---- the folder ----------------------------------------------------------------------------------------------------
@@ -153,6 +149,7 @@ class Run:
             room = self.room if same_split else None
             self.step = state.read_newest(self.folder, self.model, self.optimizer, room, self.reference)
             print(f"{self.folder}: resumed after {self.step} of {self.steps} steps")
+            self.world.wait()  # all ranks have read args.json before it is written anew
         self.stopped = 0  # the signal that asked for an end
         self.listen()
         self.clear()

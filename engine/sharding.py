@@ -58,5 +58,5 @@ class ShardedRoom(Room):
         if kind is None or not issubclass(kind, torch.OutOfMemoryError):
             return False
         raise SystemExit(
-            "out of memory with a sharded base: begin anew with --checkpointing full, or a smaller --tokens-per-batch"
+            "out of memory with a sharded base: resume with --checkpointing full, or a smaller --tokens-per-batch"
         ) from None
