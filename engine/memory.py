@@ -148,7 +148,7 @@ def find_room(
 
 
 def forward_and_backward(path, model, scored) -> None:
-    """A micro-batch as the loop computes it: the backward pass outside autocast, whose casts would be others' bytes."""
+    """A micro-batch as the loop computes it: the backward pass stands outside autocast, so it keeps the same dtypes."""
     with path.autocast:
         logps = path.score(model, scored)
         total = sum(value.sum() for value in logps if value is not None)

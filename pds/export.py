@@ -13,6 +13,7 @@ Deviations: those of candidates.py. Whether the paper's 2K/5K/7K/9K (Table 3) ar
 
 import argparse
 import hashlib
+import re
 import shutil
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -120,8 +121,10 @@ def check_out(args: argparse.Namespace) -> None:
 
 def write(args: argparse.Namespace, export: Export, topics: dict[str, str], readme: str) -> None:
     """The files of the folder, instead of those of an earlier export."""
-    for old in args.out.glob("pairs-*.jsonl"):
-        old.unlink()
+    if (args.out / "pds-dpo.json").exists():  # an earlier export, whose subsets are no parts of this one
+        for old in args.out.glob("pairs-*.jsonl"):
+            if re.fullmatch(r"pairs-\d+", old.stem):
+                old.unlink()
     files.write_json(args.out / "pds-dpo.json", [pds_dpo(pair) for pair in export.pairs])
     files.write_rows(args.out / "pairs.jsonl", export.pairs)
     ordered = balanced_order(export.pairs, topics, args.seed)

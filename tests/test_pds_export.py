@@ -118,6 +118,17 @@ def test_sizes_are_files_that_hold_each_other(file, tmp_path):
     assert not (tmp_path / "other" / "pairs.jsonl").exists()
 
 
+def test_only_an_earlier_exports_subsets_are_removed(file, tmp_path):
+    out = tmp_path / "set"
+    out.mkdir()
+    (out / "pairs-7.jsonl").write_text("a user's")  # no export was here
+    (out / "pairs-mine.jsonl").write_text("a user's")
+    export.main([str(file), "--out", str(out), "--sizes", "1", "2"])
+    assert (out / "pairs-7.jsonl").read_text() == "a user's"
+    export.main([str(file), "--out", str(out), "--sizes", "1"])
+    assert {path.name for path in out.glob("pairs-*")} == {"pairs-1.jsonl", "pairs-mine.jsonl"}
+
+
 def test_pictures_outside_the_folder_are_no_pairs(file, tmp_path):
     Image.new("RGB", (9, 9)).save(tmp_path.parent / "secret.png")
     rows = [row | {"image": "../secret.png"} if row["id"] == "art-1" else row for row in read(file)]
