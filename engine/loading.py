@@ -5,13 +5,13 @@ on the device (data.Batch.to). /dev/shm holds 64 MB in a container of Docker's d
 wait for ever: so how many examples are under way is fitted to what is free.
 """
 
+import atexit
 import math
 import multiprocessing
 import os
 import shutil
 import signal
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -38,6 +38,7 @@ def example_loader(data: PairData, keys: Sequence[tuple[int, int]], workers: int
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=begin_worker,
     )
+    atexit.register(end_workers)
     try:
         yield from loader
     except LostPicture as e:
@@ -47,20 +48,22 @@ def example_loader(data: PairData, keys: Sequence[tuple[int, int]], workers: int
 
 
 def begin_worker(number: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach every process: the run ends its step and saves, then ends its workers."""
+    """Ctrl-C and a scheduler's SIGTERM reach every process: the run ends its step and saves, then ends its workers.
+
+    Ignored, not masked: a mask holds for one thread, and torch begins others before this is called.
+    """
     sys.excepthook = say_but_cut_connections
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # Linux says who sends a signal
-        run = multiprocessing.parent_process()
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=end_when_told_by, args=(run.pid,), daemon=True).start()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def end_when_told_by(parent: int) -> None:
-    """Ends this process at the parent's SIGTERM, which also comes when the run dies; anybody else's is forgotten."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    os._exit(0)
+def end_workers() -> None:
+    """Before multiprocessing's own end, which sends SIGTERM and then waits for workers that would not hear it."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report the end as an accident
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def say_but_cut_connections(kind, error, trace) -> None:

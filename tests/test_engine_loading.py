@@ -85,20 +85,52 @@ def test_every_epoch_has_its_own_order():
     assert epoch_keys(6, 1, seed=3) == keys[:6] != epoch_keys(6, 1, seed=4)
 
 
-@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="signals do not say who sends them")
-def test_a_worker_ends_by_its_parents_signal_alone(data):
+def test_a_worker_ignores_the_signals_that_end_the_run(data):
     before = multiprocessing.active_children()  # of other tests
     examples = example_loader(data, epoch_keys(5, 1000, seed=0), workers=1)
     next(examples)
     [worker] = [child for child in multiprocessing.active_children() if child not in before]
-    for number in ("TERM", "INT", "TERM"):  # a scheduler's, a terminal's
-        subprocess.run(["kill", f"-{number}", str(worker.pid)], check=True)
+    for name in ("TERM", "INT", "TERM"):  # a scheduler's, a terminal's
+        subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
     for _ in range(100):
         next(examples)
     assert worker.is_alive()
-    worker.terminate()  # as at the exit of a run that has died, which would wait for ever otherwise
+    examples.close()  # as at the end of a run
     worker.join(10)
     assert worker.exitcode == 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux says what a process ignores")
+def test_whichever_thread_of_a_worker_hears_it(data):
+    """A mask holds for one thread: the system may choose another, and did."""
+    before = multiprocessing.active_children()
+    examples = example_loader(data, epoch_keys(5, 1, seed=0), workers=1)
+    next(examples)
+    [worker] = [child for child in multiprocessing.active_children() if child not in before]
+    status = dict(line.split(":\t") for line in Path(f"/proc/{worker.pid}/status").read_text().splitlines())
+    ignored = int(status["SigIgn"], 16)  # bit n - 1 is signal n
+    assert ignored >> signal.SIGTERM - 1 & 1 and ignored >> signal.SIGINT - 1 & 1
+
+
+def test_the_workers_of_a_run_that_dies_do_not_keep_it():
+    code = """
+from types import SimpleNamespace
+from engine.loading import example_loader
+
+class Data:
+    processor = SimpleNamespace(template=SimpleNamespace(image=SimpleNamespace(size=8)))
+    with_image, strategy = False, None
+
+    def __getitem__(self, key):
+        return key
+
+examples = example_loader(Data(), [(0, row) for row in range(100)], workers=2)
+next(examples)
+raise KeyError("a fault of the run")
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stderr.splitlines()[-1] == "KeyError: 'a fault of the run'"
 
 
 def test_a_worker_is_silent_where_the_run_has_died(capsys):
