@@ -90,8 +90,8 @@ def test_a_worker_ignores_the_signals_that_end_the_run(data):
     examples = example_loader(data, epoch_keys(5, 1000, seed=0), workers=1)
     next(examples)
     [worker] = [child for child in multiprocessing.active_children() if child not in before]
-    for name in ("TERM", "INT", "TERM"):  # a scheduler's, a terminal's
-        subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):  # a scheduler's, a terminal's
+        os.kill(worker.pid, number)
     for _ in range(100):
         next(examples)
     assert worker.is_alive()

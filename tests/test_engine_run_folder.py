@@ -233,10 +233,10 @@ def test_a_signal_to_all_processes_ends_the_run_after_its_step(
 
     def all_asked_to_stop(self, step, *rest):
         if step == 3:
-            workers = [str(child.pid) for child in multiprocessing.active_children() if child not in before]
+            workers = [child.pid for child in multiprocessing.active_children() if child not in before]
             assert len(workers) == 2
-            # by another process: a worker takes its parent's signal for an order to end
-            subprocess.run(["kill", f"-{number.value}", *workers, str(os.getpid())], check=True)
+            for process in (*workers, os.getpid()):
+                os.kill(process, number)
             time.sleep(0.5)  # a worker that dies of it has died
         log(self, step, *rest)
 
