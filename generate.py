@@ -212,15 +212,15 @@ def generate(
             tokens = pick(logits, temperature, top_p, draws[rows, i].to(logits.device))  # (B,)
         else:
             tokens = logits.argmax(-1)  # (B,)
-        for row, token in zip(rows, tokens.tolist(), strict=True):
+        for row, token in zip(rows, tokens.tolist(), strict=True):  # the one place where the host waits for the GPU
             answers[row].append(token)
         if on_token:
             on_token(answers[0])
-        alive = tokens != model.config.eos_id  # (B,)
-        if i == max_new_tokens - 1 or not alive.any():
+        alive = [answers[row][-1] != model.config.eos_id for row in rows]
+        if i == max_new_tokens - 1 or not any(alive):
             break
-        if not alive.all():
-            kept = cache.keep(alive)  # (B',)
+        if not all(alive):
+            kept = cache.keep(torch.tensor(alive, device=tokens.device))  # (B',)
             rows = [rows[k] for k in kept.tolist()]
             tokens = tokens[kept]  # (B',)
         hidden = cache.step(tokens[:, None])  # (B, 1, C)

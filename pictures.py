@@ -124,9 +124,9 @@ def normalise(x: Tensor, spec: ImageSpec) -> Tensor:
 
     All 256 levels come out bit-equal to the image processors' own arithmetic, which takes x * (1 / 255) in float64.
     """
-    white = torch.tensor(255.0, device=x.device)  # by a bare number CUDA would multiply with its rounded reciprocal
-    mean = torch.tensor(spec.mean, device=x.device)[:, None, None]  # (3, 1, 1)
-    std = torch.tensor(spec.std, device=x.device)[:, None, None]  # (3, 1, 1)
+    white = torch.full((), 255.0, device=x.device)  # by a bare number CUDA would multiply with its rounded reciprocal
+    mean = torch.tensor(spec.mean).to(x.device, non_blocking=True)[:, None, None]  # (3, 1, 1)
+    std = torch.tensor(spec.std).to(x.device, non_blocking=True)[:, None, None]  # (3, 1, 1)
     return (x / white - mean) / std  # (..., 3, S, S)
 
 

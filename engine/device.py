@@ -25,6 +25,13 @@ def choose_device() -> torch.device:
     return CUDA
 
 
+def send(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """x on the device, without waiting for it: CUDA copies what is pinned while the host goes on."""
+    if device.type == "cuda":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
 def has_flash(device: torch.device = CUDA) -> bool:
     """Whether flash attention runs there: an Ampere GPU or newer, and a torch that was built with it."""
     if device.type != "cuda" or not torch.cuda.is_available():

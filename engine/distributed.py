@@ -60,7 +60,7 @@ class World:
         assert len(set(sums)) == 1, f"the ranks' adapters differ: {sums}"
         if reference is not None:
             for known in self.gather(reference.state()):
-                reference.load(known)
+                reference.load(known, trained.device)
 
     def any(self, here: bool) -> bool:
         """Whether something is so on any rank."""

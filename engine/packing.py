@@ -28,7 +28,7 @@ from torch import Tensor
 
 from data import Example, normalised
 from engine import head
-from engine.device import has_flash
+from engine.device import has_flash, send
 from losses import Logps
 from model import causal
 from pictures import ImageSpec
@@ -111,12 +111,12 @@ class Packed(NamedTuple):
 
     def to(self, device: torch.device) -> "Packed":
         return self._replace(
-            input_ids=self.input_ids.to(device, non_blocking=True),
-            positions=self.positions.to(device, non_blocking=True),
+            input_ids=send(self.input_ids, device),
+            positions=send(self.positions, device),
             pictures=self.pictures.to(device),
-            predict_from=self.predict_from.to(device, non_blocking=True),
-            targets=self.targets.to(device, non_blocking=True),
-            owner=self.owner.to(device, non_blocking=True),
+            predict_from=send(self.predict_from, device),
+            targets=send(self.targets, device),
+            owner=send(self.owner, device),
         )
 
 
@@ -279,8 +279,8 @@ class VarlenAttention:
         k_lengths = [s.prefix_length + s.length for s in spans]
         self.keys = KeyOrder(spans, device)
         # two tensors even where they are equal: given one for both, torch may take cuDNN, which aligns it top-left
-        self.cu_q = torch.tensor([0, *q_lengths]).cumsum(0).to(device, torch.int32)  # (n + 1,)
-        self.cu_k = torch.tensor([0, *k_lengths]).cumsum(0).to(device, torch.int32)  # (n + 1,)
+        self.cu_q = send(torch.tensor([0, *q_lengths]).cumsum(0, dtype=torch.int32), device)  # (n + 1,)
+        self.cu_k = send(torch.tensor([0, *k_lengths]).cumsum(0, dtype=torch.int32), device)  # (n + 1,)
         self.max_q, self.max_k = max(q_lengths), max(k_lengths)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -333,8 +333,8 @@ class KeyOrder:
             prefix = slice(s.prefix, s.prefix + s.prefix_length)
             assert torch.equal(again[prefix], own[prefix]), f"{s}: its prefix is another span's too"
             again[prefix] = torch.arange(place, place + s.prefix_length)
-        self.index = torch.cat(index).to(device)  # (T_k,)
-        self.own, self.again = own.to(device), again.to(device)  # (T,) both
+        self.index = send(torch.cat(index), device)  # (T_k,)
+        self.own, self.again = send(own, device), send(again, device)  # (T,) both
 
     def gather(self, x: Tensor) -> Tensor:
         """(T, H, D) -> (T_k, H, D)."""

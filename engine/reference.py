@@ -9,8 +9,10 @@ The numbers belong to one run. They are saved with its checkpoints and no other 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from engine.packing import Packed, pack, packed_logps
 from lora import lora_disabled
@@ -23,13 +25,13 @@ class CachedReference:
     def __init__(self, any_rank: Callable[[bool], bool] = bool):
         """any_rank(x): whether x is so on any rank. With a sharded base all ranks score when one has to."""
         self.any_rank = any_rank
-        self.text: dict[int, tuple[float, float]] = {}  # row: log-probs of chosen and rejected
-        self.image: dict[tuple[int, int], float] = {}  # row and draw of m_l: log-prob of image_rejected
+        # kept where they were computed: to read a number on the host is to wait for all that the GPU still has to do
+        self.text: dict[int, Tensor] = {}  # row: (2,) log-probs of chosen and rejected
+        self.image: dict[tuple[int, int], Tensor] = {}  # row and draw of m_l: () log-prob of image_rejected
 
     @torch.no_grad()
     def __call__(self, model, packed: Packed) -> Logps:
         """Looks the examples' log-probs up; what is not known is scored with the adapter off and kept."""
-        device = model.lm_head.weight.device
         rows = [e.pair.row for e in packed.examples]
         draws = [(e.pair.row, e.draw) for e in packed.examples]
         with_image = "image_rejected" in packed.which
@@ -37,27 +39,35 @@ class CachedReference:
         new_image = self.any_rank(with_image and any(draw not in self.image for draw in draws))
         if new_text or new_image:
             if not new_text:  # a new m_l under known texts: its group alone
-                alone = pack(packed.examples, which=("image_rejected",)).to(device)
-                packed = alone._replace(pictures=packed.pictures.every_second(model))
+                alone = pack(packed.examples, which=("image_rejected",))
+                alone = alone._replace(pictures=packed.pictures.every_second(model))  # there already
+                packed = alone.to(packed.input_ids.device)
             with lora_disabled(model):
                 scored = packed_logps(model, packed)
             if new_text:
-                texts = zip(scored.chosen.tolist(), scored.rejected.tolist(), strict=True)
+                texts = torch.stack([scored.chosen, scored.rejected], dim=1)  # (B, 2)
                 self.text.update(zip(rows, texts, strict=True))
             if with_image:
-                self.image.update(zip(draws, scored.image_rejected.tolist(), strict=True))
-        chosen = torch.tensor([self.text[row][0] for row in rows], device=device)  # (B,)
-        rejected = torch.tensor([self.text[row][1] for row in rows], device=device)  # (B,)
+                self.image.update(zip(draws, scored.image_rejected, strict=True))
+        chosen, rejected = torch.stack([self.text[row] for row in rows]).unbind(1)  # (B, 2) -> (B,) both
         if not with_image:
             return Logps(chosen, rejected)
-        return Logps(chosen, rejected, torch.tensor([self.image[draw] for draw in draws], device=device))
+        return Logps(chosen, rejected, torch.stack([self.image[draw] for draw in draws]))
 
     def state(self) -> dict:
         """What is known, as JSON; floats are written so that they are read back to the bit."""
-        text = [[row, chosen, rejected] for row, (chosen, rejected) in self.text.items()]
-        image = [[row, draw, logp] for (row, draw), logp in self.image.items()]
+        text = [[row, *logps] for row, logps in zip(self.text, read(self.text), strict=True)]
+        image = [[*draw, logp] for draw, logp in zip(self.image, read(self.image), strict=True)]
         return {"text": text, "image": image}
 
-    def load(self, state: dict) -> None:
-        self.text.update({row: (chosen, rejected) for row, chosen, rejected in state["text"]})
-        self.image.update({(row, draw): logp for row, draw, logp in state["image"]})
+    def load(self, state: dict, device: torch.device) -> None:
+        """What `state` says is known from now on; `device` is the model's."""
+        texts = torch.tensor([logps for _, *logps in state["text"]], device=device)  # (rows, 2)
+        images = torch.tensor([logp for *_, logp in state["image"]], device=device)  # (draws,)
+        self.text.update(zip([row for row, *_ in state["text"]], texts, strict=True))
+        self.image.update(zip([(row, draw) for row, draw, _ in state["image"]], images, strict=True))
+
+
+def read(known: dict[Any, Tensor]) -> list:
+    """All numbers of a table, in its order, with one wait for the device."""
+    return torch.stack(list(known.values())).tolist() if known else []

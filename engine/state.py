@@ -98,7 +98,7 @@ def take_over(tensors: dict, state: dict, model, optimizer, room: Room | None, r
         room.size = state["room"]["size"]
         room.decoder.checkpointed = state["room"]["checkpointed"]
     if reference is not None:
-        reference.load(state["reference"])
+        reference.load(state["reference"], next(iter(parameters.values())).device)
 
 
 def put_on_disk(path: Path) -> None:

@@ -7,13 +7,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine import device
+import losses
+import train
+from bench.measuring import examples
+from engine import device, packing
 from engine.device import compile_blocks
 from lora import add_lora, lora_disabled
 from model import Config, LLaVA, VisionConfig, causal
 
 SMALL = Config(VisionConfig(16, 3, 2, 24, image_size=28), vocab=64, width=64, layers=2, heads=2, kv_heads=2, ffn=96)
+META = torch.device("meta")
 RELEASE = tuple(int(n) for n in torch.__version__.split(".")[:2])
 
 
@@ -86,3 +91,60 @@ def test_compiled_policy_and_reference_are_equal_where_the_adapter_is_zero():
     if RELEASE < (2, 13):
         pytest.skip(f"torch {torch.__version__}: the difference with the option is {difference:.2e}; 0 from 2.13 on")
     assert difference == 0
+
+
+# ---- the host does not wait for the device -------------------------------------------------------------------------
+
+
+class CopiesToMeta(TorchDispatchMode):
+    """Notes of each copy from the host's memory whether the host goes on meanwhile."""
+
+    def __init__(self):
+        super().__init__()
+        self.goes_on = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._to_copy.default and kwargs.get("device") == META and not args[0].is_meta:
+            self.goes_on.append(bool(kwargs.get("non_blocking")))
+        return func(*args, **kwargs)
+
+
+@pytest.fixture
+def on_meta(monkeypatch):
+    """Numbers on `meta` cannot be read: item(), tolist(), bool(), nonzero and masks as indices raise there.
+
+    On a GPU each of them makes the host wait for all that is still to be computed, and then the GPU for the host.
+    """
+    flash = pytest.importorskip("torch.nn.attention.varlen")
+    tensor = torch.tensor
+
+    def on_the_host(numbers, device=None, **more):
+        assert device != META, "torch.tensor(numbers, device=...) waits for its copy"
+        return tensor(numbers, **more)
+
+    monkeypatch.setattr(torch, "tensor", on_the_host)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # meta has none
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: False)
+    monkeypatch.setattr(flash, "varlen_attn", lambda q, k, v, *_, window_size: q + k.sum(0) + v.sum(0))
+    monkeypatch.setattr(packing, "attention", lambda row, model: packing.VarlenAttention(row.spans, META))
+    return LLaVA(SMALL).to(META)
+
+
+@pytest.mark.parametrize("reference", ["live", "cached"])
+def test_a_micro_batch_makes_the_host_wait_nowhere(on_meta, reference):
+    parameters = add_lora(on_meta, r=4, alpha=8)
+    path = train.fast_path(on_meta, compiled=False, reference=reference)
+    made = examples(SMALL, n=3, prompt=8, response=6)
+    for epoch in (0, 1, 1):  # all is new, m_l alone is, nothing is
+        with CopiesToMeta() as copies:
+            batch = path.make_batch([example._replace(draw=epoch) for example in made]).to(META)
+            known = path.reference(on_meta, batch)
+            policy = path.score(on_meta, batch)
+            r = losses.rewards(policy, known)
+            terms = losses.mdpo_terms(r)
+            sum(terms.values()).sum().backward()
+            sums = [value.sum() for value in losses.metrics(policy, r, terms).values()]
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        assert all(x.is_meta for x in (*sums, *(p.grad for p in parameters)))
+        assert len(copies.goes_on) > 20 and all(copies.goes_on)
