@@ -174,14 +174,16 @@ def index_tensors(folder: Path) -> dict[str, Stored]:
     there = {(stored.name, stored.file) for stored in found}
     absent = [name for name, file in listed.items() if (name, file) not in there]
     if absent:
-        raise SystemExit(f"{folder}: {len(absent)} tensors of the index are in no file: {', '.join(absent[:10])}")
+        raise SystemExit(f"{folder}: in the index but in no file: {len(absent)}, {', '.join(absent[:10])}")
     names = [stored.name for stored in found]
     layout = layout_of(names)
     if layout is None:
         raise SystemExit(f"{folder}: unknown layout, tensors like {names[:1]}. Layouts known: {', '.join(LAYOUTS)}")
     tensors = {our_name(stored.name, layout): stored for stored in found}
     if len(tensors) < len(found):
-        raise SystemExit(f"{folder}: {len(found) - len(tensors)} tensors are there twice, by two names or in two files")
+        raise SystemExit(
+            f"{folder}: tensors that are there twice, by two names or in two files: {len(found) - len(tensors)}"
+        )
     return tensors
 
 

@@ -32,6 +32,7 @@ from engine.distributed import World
 from engine.memory import Room, peak_gib
 from external import files
 from external.progress import progress
+from external.terminal import count
 from external.tracking import tracker
 from lora import lora_modules
 
@@ -94,8 +95,8 @@ def describe(args: dict, model: nn.Module, data: PairData) -> dict:
     total = sum(p.numel() for p in model.parameters())
     weight = model.lm_head.weight
     print(
-        f"{len(data)} pairs; LoRA r {args['lora_r']} on {len(lora_modules(model))} linears, {trained:,} of {total:,} "
-        f"parameters; {weight.device} {str(weight.dtype).removeprefix('torch.')}"
+        f"{count(len(data), 'pair')}; LoRA r {args['lora_r']} on {count(len(lora_modules(model)), 'linear')}, "
+        f"{trained:,} of {total:,} parameters; {weight.device} {str(weight.dtype).removeprefix('torch.')}"
     )
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in args.items()}
     settings["rejected_image"] = data.strategy
@@ -148,7 +149,7 @@ class Run:
             same_split = compare_settings(self.folder, self.settings)
             room = self.room if same_split else None
             self.step = state.read_newest(self.folder, self.model, self.optimizer, room, self.reference)
-            print(f"{self.folder}: resumed after {self.step} of {self.steps} steps")
+            print(f"{self.folder}: resumed after {self.step} of {count(self.steps, 'step')}")
             self.world.wait()  # all ranks have read args.json before it is written anew
         self.stopped = 0  # the signal that asked for an end
         self.listen()
@@ -255,7 +256,7 @@ class Run:
 
     def end_early(self, step: int) -> None:
         self.close()
-        print(f"{self.folder}: stopped after {step + 1} of {self.steps} steps. Resume with")
+        print(f"{self.folder}: stopped after {step + 1} of {count(self.steps, 'step')}. Resume with")
         print(f"    {self.settings['command']}")
         raise SystemExit(128 + self.stopped)
 

@@ -65,6 +65,13 @@ class HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
+def given(text: str) -> str:
+    """A text that is not empty, as that of an unset shell variable is."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; a shell variable that is not set?")
+    return text
+
+
 def whole(low: int, high: float = math.inf) -> Callable[[str], int]:
     """A whole number from `low` to `high`."""
 

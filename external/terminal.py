@@ -6,6 +6,11 @@ import sys
 LONGEST = 200  # characters of foreign text in one message
 
 
+def count(n: int, noun: str) -> str:
+    """1 row, 1,280 rows."""
+    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
+
+
 def printable(text: str, longest: int | None = None) -> str:
     """The text with control characters escaped (ESC as \\x1b, a newline as \\n), cut after `longest` characters.
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 import pictures
 from data import Pair, Problem
-from external.terminal import LONGEST, printable
+from external.terminal import LONGEST, count, printable
 from formats.command import data_parser, read_and_examine
 from formats.problems import TOO_LONG, Examined, rows_in, too_few
 
@@ -32,8 +32,8 @@ FOREIGN_TEMPLATE = re.compile(
 def check(examined: Examined, in_tokens: bool) -> None:
     """Prints all there is to know; exit status 1 if a row cannot be used, or none can."""
     name, pairs, problems = examined.name, examined.pairs, examined.problems
-    for reason, count in Counter(p.reason for p in problems).most_common():
-        print(f"cannot be used: {count} {reason}: {where(name, [p for p in problems if p.reason == reason])}")
+    for reason, n in Counter(p.reason for p in problems).most_common():
+        print(f"cannot be used: {n} {reason}: {where(name, [p for p in problems if p.reason == reason])}")
     if examined.too_long:
         print(f"note: {len(examined.too_long)} cut by --cut-long: {where(name, examined.too_long)}")
     for kind, some in notes(pairs).items():
@@ -48,7 +48,7 @@ def check(examined: Examined, in_tokens: bool) -> None:
     bad = {p.row for p in problems}
     if examined.strategy:
         print(f"m_l by {examined.strategy!r}")
-    print(f"{name}: {len(bad)} of {rows_in(examined)} rows cannot be used")
+    print(f"{name}: {len(bad)} of {count(rows_in(examined), 'row')} cannot be used")
     reason = too_few(examined)
     if reason:
         print(reason)

@@ -8,7 +8,7 @@ import pictures
 from bases import checkpoint
 from bases.tokenizer import load_processor
 from data import MAX_LENGTH, Processor
-from external.flags import whole
+from external.flags import given, whole
 from external.terminal import print_any_letter
 from formats import hub_data
 from formats.problems import Demands, Examined, examine
@@ -34,9 +34,18 @@ def data_parser(description: str, base_required: bool) -> argparse.ArgumentParse
     """DATA and the flags that decide which of its rows can be used, as train.py has them."""
     print_any_letter()
     p = argparse.ArgumentParser(description=description)
-    p.add_argument("data", help=f"preference file, folder, or hub data set ({', '.join(hub_data.NAMED)}, owner/name)")
+    p.add_argument(
+        "data",
+        type=given,
+        help=f"preference file, folder, or hub data set ({', '.join(hub_data.NAMED)}, owner/name)",
+    )
     bases = ", ".join(checkpoint.SOURCES)
-    p.add_argument("--base", required=base_required, help=f"{bases}, or a checkpoint folder; no weights are loaded")
+    p.add_argument(
+        "--base",
+        type=given,
+        required=base_required,
+        help=f"{bases}, or a checkpoint folder; no weights are loaded",
+    )
     p.add_argument("--image-root", type=Path, help="folder the image paths start from (default: the data file's)")
     p.add_argument("--recipe", choices=RECIPES, default="mdpo", help="what is looked at (default: %(default)s)")
     p.add_argument("--rejected-image", type=pictures.strategy, metavar="STRATEGY", help=pictures.STRATEGY_HELP)

@@ -250,8 +250,8 @@ LAYOUTS = [  # the first fit wins
 ]
 
 
-def detect(row: dict, name: str) -> Layout:
-    """The layout of a file whose first row this is. SystemExit with what was found and the nearest layout."""
+def detect(row: dict, where: str) -> Layout:
+    """The layout of a file whose first row this is, at `where`. SystemExit with what was found and the nearest one."""
     columns = set(row)
     for layout in LAYOUTS:
         if layout.needed <= columns and (layout.chat is None or isinstance(row[layout.chat], list)):
@@ -260,7 +260,7 @@ def detect(row: dict, name: str) -> Layout:
     nearest = max(told, key=lambda layout: len(layout.needed & columns) / len(layout.needed))
     known = "\n".join(f"  {layout.name}: {', '.join(sorted(layout.needed))}" for layout in LAYOUTS)
     raise SystemExit(
-        f"{name}: unknown columns. Found: {printable(', '.join(sorted(columns))) or 'none'}.\n"
+        f"{where}: unknown columns. Found: {printable(', '.join(sorted(columns))) or 'none'}.\n"
         f"Nearest format: {nearest.name}, lacking {', '.join(sorted(nearest.needed - columns))}.\n"
         f"Formats known:\n{known}\n"
         "Other data: write it as jsonl with the plain columns (docs/data.md)."

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import pictures
 from data import IMAGE_TOKEN, MAX_LENGTH, SYSTEM, Pair, Problem, Processor
 from external.progress import progress
-from external.terminal import LONGEST, printable
+from external.terminal import LONGEST, count, printable
 
 TOO_LONG = "too long"  # the one reason that --cut-long fixes
 
@@ -77,6 +77,8 @@ def examine(
 
 def strategy_of(demands: Demands, pairs: list[Pair]) -> str | None:
     """How m_l is made: as asked for, else from the data where all rows bring one, else a crop; None if unused."""
+    if not demands.needs_m_l and demands.rejected_image:
+        raise SystemExit("--rejected-image: this objective does not look at m_l; leave it out, or add copo to --terms")
     if not demands.needs_m_l:
         return None
     if not demands.with_image:
@@ -85,7 +87,7 @@ def strategy_of(demands: Demands, pairs: list[Pair]) -> str | None:
         return demands.rejected_image
     brought = sum(pair.image_rejected is not None for pair in pairs)
     if 0 < brought < len(pairs):
-        print(f"only {brought} of {len(pairs)} rows bring a rejected image; all get a crop instead")
+        print(f"a rejected image stands in only {brought} of {len(pairs)} rows; all get a crop instead")
     return "given" if brought and brought == len(pairs) else "crop"
 
 
@@ -98,12 +100,12 @@ def usable(examined: Examined, skip_bad: bool) -> list[Pair]:
     if examined.too_long:
         first = examined.too_long[0]
         print(
-            f"{name}: {len(examined.too_long)} of {len(pairs)} rows have a response too long for --max-length; it is "
-            f"cut, without EOS (--cut-long); the first: {place(name, first)}: {first.detail}"
+            f"{name}: a response too long for --max-length in {len(examined.too_long)} of {count(len(pairs), 'row')}; "
+            f"it is cut, without EOS (--cut-long); the first: {place(name, first)}: {first.detail}"
         )
     bad = {p.row for p in problems}
     if problems:
-        summary = f"{len(bad)} of {rows_in(examined)} rows cannot be used ({count_reasons(problems)})"
+        summary = f"{len(bad)} of {count(rows_in(examined), 'row')} cannot be used ({count_reasons(problems)})"
         first = problems[0]
         detail = f": {first.detail}" if first.detail else ""
         where = f"{place(name, first)}: {first.reason}{detail}"

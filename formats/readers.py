@@ -19,7 +19,7 @@ from typing import NamedTuple
 from data import SYSTEM, BadRow, Pair, Problem, bare_question
 from external import files
 from external.progress import progress
-from external.terminal import LONGEST, printable
+from external.terminal import LONGEST, count, printable
 from formats import hub_data
 from formats.layouts import EVERYWHERE, NOT_FITTING, REJECTED_IMAGE, Fields, Layout, NoPair, detect
 from formats.rows import Row, read_rows
@@ -77,7 +77,7 @@ def read_data(data: Path | str, image_root: Path | None = None) -> Read:
     layout = None
     for row in progress(read_rows(source, shown, stored.keys_twice), f"rows of {name}"):
         if layout is None and row.columns is not None:
-            layout = detect(row.columns, name)
+            layout = detect(row.columns, row.where)
         read_one(row, layout, stored)
     if layout is None:
         first = stored.problems[0]
@@ -151,21 +151,25 @@ def place_all(stored: Stored, root: Path, joined: dict[str, Path] | None) -> lis
 def report(name: str, layout: Layout, stored: Stored, pairs: list[Pair]) -> None:
     """What was read, and whatever of it is not used."""
     reasons = "".join(f"; left out: {n:,} with {reason}" for reason, n in stored.left_out.most_common())
-    print(f"{name}: {stored.total:,} rows, format {layout.name}, {len(pairs):,} pairs{reasons}")
+    print(f"{name}: {count(stored.total, 'row')}, format {layout.name}, {count(len(pairs), 'pair')}{reasons}")
     unused = sorted(stored.columns - layout.needed - layout.optional - EVERYWHERE)
     if unused:
         print(f"{name}: columns not used: {printable(', '.join(unused), LONGEST)}")
     own_system = sum(pair.system != SYSTEM for pair in pairs)
     if own_system:
-        print(f"{name}: {own_system:,} rows bring a system text; it stands in the prompt instead of the base's own")
+        print(
+            f"{name}: {count(own_system, 'row')} with a system text; it stands in the prompt instead of the base's own"
+        )
     own_image = sum(pair.image_rejected is not None for pair in pairs)
     if own_image:
-        print(f"{name}: {own_image:,} of {len(pairs):,} pairs bring a rejected image")
+        print(f"{name}: {own_image:,} of {count(len(pairs), 'pair')} with a rejected image")
     twice = [row_id for row_id, n in stored.ids.items() if n > 1]
     if twice:
-        print(f"{name}: note: {len(twice):,} ids stand more than once, for example {printable(twice[0], LONGEST)}")
+        print(f"{name}: note: more than once: {count(len(twice), 'id')}, for example {printable(twice[0], LONGEST)}")
     for key, n in stored.keys_twice.most_common(3):
-        print(f"{name}: note: key {printable(key, LONGEST)!r} stands twice in {n:,} objects; the last one counts")
+        print(
+            f"{name}: note: key {printable(key, LONGEST)!r} stands twice in {count(n, 'object')}; the last one counts"
+        )
 
 
 # ---- texts ---------------------------------------------------------------------------------------------------------
@@ -177,7 +181,9 @@ def read_fields(columns: dict, layout: Layout) -> Fields:
         fields = layout.read(columns)
     except BadRow:
         raise
-    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as e:
+    except KeyError as e:
+        raise BadRow(NOT_FITTING, f"it lacks {e}") from None
+    except (TypeError, AttributeError, ValueError, RecursionError) as e:
         raise BadRow(NOT_FITTING, f"{type(e).__name__}: {e}") from None
     system = checked_text(columns.get("system") or "", "system").strip()
     if system and fields.system and system != fields.system:

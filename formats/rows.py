@@ -5,13 +5,14 @@ be read as a whole ends in a SystemExit that says what it looks like.
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from external import files
-from external.terminal import printable
+from external.terminal import LONGEST, printable
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
 METADATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")  # never rows
@@ -44,7 +45,11 @@ def data_files(data: Path) -> list[Path]:
     """The file itself, or those of a folder that hold its rows: the shards of one set, its train split if any."""
     if not data.is_dir():
         return [data]
-    found = [f for f in sorted(data.rglob("*")) if f.suffix.lower() in SUFFIXES and f.name not in METADATA]
+    found = []
+    for file in sorted(data.rglob("*")):
+        hidden = any(part.startswith(".") for part in file.relative_to(data).parts)  # .ipynb_checkpoints, macOS's ._x
+        if file.suffix.lower() in SUFFIXES and file.name not in METADATA and not hidden:
+            found.append(file)
     train = [f for f in found if "train" in f.name]
     if train and len(train) < len(found):
         print(f"{data}: reading {', '.join(f.name for f in train)}; {len(found) - len(train)} other files left alone")
@@ -56,7 +61,23 @@ def data_files(data: Path) -> list[Path]:
         raise SystemExit(f"{data}: no .json, .jsonl or .parquet file in this folder{hint}")
     if len(found) > 1 and any(f.suffix.lower() != ".parquet" for f in found):
         raise SystemExit(f"{data}: several data files ({', '.join(f.name for f in found)}); give one of them")
+    refuse_missing_shards(data, found)
+    if len(found) > 1:
+        print(f"{data}: reading {len(found)} files as one set: {printable(', '.join(f.name for f in found), LONGEST)}")
     return found
+
+
+def refuse_missing_shards(data: Path, found: list[Path]) -> None:
+    """SystemExit where the names say how many shards there are (train-00000-of-00003.parquet), and some are not."""
+    names = {file.name for file in found}
+    for name in sorted(names):
+        shard = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})(\..+)", name)
+        if shard is None:
+            continue
+        start, total, end = shard.groups()
+        missing = {f"{start}-{i:05d}-of-{total}{end}" for i in range(int(total))} - names
+        if missing:
+            raise SystemExit(f"{data}: {min(missing)} is not there; is the download complete?")
 
 
 def file_rows(file: Path, keys_twice: Counter) -> Iterator[tuple[int, dict | None, str]]:
@@ -102,15 +123,24 @@ def json_rows(file: Path, keys_twice: Counter) -> Iterator[tuple[int, dict | Non
     if isinstance(rows, dict):
         keys = printable(", ".join(rows)) or "none"
         raise SystemExit(f"{file}: expected a list of rows, this is one object with the keys {keys}")
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise SystemExit(f"{file}: expected a list of rows with named columns")
+    if not isinstance(rows, list):
+        raise SystemExit(f"{file}: expected a list of rows with named columns, found {type(rows).__name__}")
     for number, row in enumerate(rows, 1):
-        yield number, row, ""
+        yield number, *columns_of(row)
+
+
+def columns_of(row) -> tuple[dict | None, str]:
+    """The columns of a row, or why it has none."""
+    if isinstance(row, dict):
+        return row, ""
+    return None, f"it is of type {type(row).__name__}, wanted an object with named columns"
 
 
 def jsonl_rows(file: Path, keys_twice: Counter) -> Iterator[tuple[int, dict | None, str]]:
     """One JSON object a line; blank lines are none."""
     text = files.read_text(file)
+    if re.match(r"\s*\[\s*\{", text) and text.rstrip().endswith("]"):
+        raise SystemExit(f"{file}: one list of rows, not one JSON object a line; name it .json")
     for line_number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON allows U+2028 inside a string
         if not line.strip():
             continue
@@ -120,10 +150,7 @@ def jsonl_rows(file: Path, keys_twice: Counter) -> Iterator[tuple[int, dict | No
             reason = f"column {e.colno}: {e.msg}" if isinstance(e, json.JSONDecodeError) else str(e)
             yield line_number, None, reason
             continue
-        if isinstance(row, dict):
-            yield line_number, row, ""
-        else:
-            yield line_number, None, f"a {type(row).__name__}, wanted an object with named columns"
+        yield line_number, *columns_of(row)
 
 
 def parquet_rows(file: Path) -> Iterator[tuple[int, dict | None, str]]:
@@ -135,6 +162,10 @@ def parquet_rows(file: Path) -> Iterator[tuple[int, dict | None, str]]:
     number = 0
     try:
         with ParquetFile(file) as parquet:
+            names = parquet.schema_arrow.names
+            twice = sorted({name for name in names if names.count(name) > 1})
+            if twice:  # a row as a dict would hold the last one only
+                raise SystemExit(f"{file}: several columns are called {', '.join(twice)}; rename all but one")
             for batch in parquet.iter_batches(1000):  # pictures are in it: never the whole file twice
                 for row in batch.to_pylist():
                     number += 1

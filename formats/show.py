@@ -17,39 +17,43 @@ import pictures
 from data import IMAGE_TOKEN, Example, PairData, Processor
 from external import files
 from external.flags import file_ending, whole
-from external.terminal import LONGEST, printable
+from external.terminal import LONGEST, count, printable
 from formats.check import where
 from formats.command import data_parser, read_and_examine
-from formats.problems import Examined
+from formats.problems import Examined, too_few
 
 
 def show(args: argparse.Namespace, examined: Examined, processor: Processor) -> None:
     """Prints the first rows and writes their pictures to one PNG."""
+    problems = {problem.row: problem for problem in examined.problems}
+    good = [pair for pair in examined.pairs if pair.row not in problems]  # what `random` may take a picture of
+    index_of = {pair.row: index for index, pair in enumerate(good)}
     data = PairData(
-        examined.pairs,
+        good,
         processor,
         strategy=examined.strategy,
         seed=args.seed,
         with_image=examined.demands.with_image,
         max_length=args.max_length,
     )
-    problems = {problem.row: problem for problem in examined.problems}
     shown = []
-    for index, pair in enumerate(examined.pairs[: args.rows]):
+    for pair in examined.pairs[: args.rows]:
         picture = pair.image if isinstance(pair.image, Path) else "in the file"
         print(f"\nrow {pair.row}, id {printable(pair.id, LONGEST)}, picture {printable(str(picture), LONGEST)}")
         problem = problems.get(pair.row)
         if problem:
             print(f"  cannot be used: {problem.reason} {problem.detail}")
             continue
-        example = data[0, index]
+        example = data[0, index_of[pair.row]]
         print_example(example, data, processor)
         shown.append(example)
     if shown and data.with_image:
         with files.whole(args.out) as part:
             sheet(shown, processor.template.image).save(part, format="PNG")
         drawn = "m_w and m_l" if data.strategy else "m_w"
-        print(f"\n{args.out}: {drawn} of {len(shown)} rows, as the model sees them; [[ ]] marks the scored span")
+        print(
+            f"\n{args.out}: {drawn} of {count(len(shown), 'row')}, as the model sees them; [[ ]] marks the scored span"
+        )
 
 
 def print_example(example: Example, data: PairData, processor: Processor) -> None:
@@ -113,10 +117,14 @@ def main(argv=None) -> None:
     read = {pair.row for pair in examined.pairs}
     unread = [problem for problem in examined.problems if problem.row not in read]
     if unread:
-        print(f"{len(unread)} rows cannot be read, the first: {where(args.data, unread, 1)}")
+        print(f"cannot be read: {count(len(unread), 'row')}, the first: {where(args.data, unread, 1)}")
+    files.check_writable(args.out, [pair.image for pair in examined.pairs if isinstance(pair.image, Path)])
+    reason = too_few(examined)
+    if reason and examined.strategy == "random":  # there is no other picture to show
+        raise SystemExit(reason)
     show(args, examined, processor)
-    if not examined.pairs:
-        raise SystemExit(f"{args.data}: no usable rows")
+    if reason:
+        raise SystemExit(reason)
 
 
 if __name__ == "__main__":

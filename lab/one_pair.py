@@ -27,7 +27,7 @@ from data import Example, PairData, Tokens, collate
 from engine.device import autocast_for, choose_device
 from external import files
 from external.flags import whole
-from external.terminal import print_any_letter, printable
+from external.terminal import count, print_any_letter, printable
 from lora import add_lora, lora_disabled
 from losses import Logps, Rewards
 from model import LLaVA
@@ -189,8 +189,8 @@ def open_pairs(args: argparse.Namespace) -> Opened:
     absent = [row for row in args.row if row not in index_of]
     if absent:
         raise SystemExit(
-            f"{settings.data}: no usable row {', '.join(map(str, absent))}; it has {len(data)} usable rows, from "
-            f"{min(index_of)} to {max(index_of)} (`python -m formats.check` says what is wrong with the others)"
+            f"{settings.data}: no usable row {', '.join(map(str, absent))}; it has {count(len(data), 'usable row')}, "
+            f"from {min(index_of)} to {max(index_of)} (`python -m formats.check` says what is wrong with the others)"
         )
     return Opened(model, data, settings, [(args.epoch, index_of[row]) for row in dict.fromkeys(args.row)])
 
@@ -267,8 +267,8 @@ def text(numbers: Numbers, settings: argparse.Namespace) -> str:
         f"  y_w  {printable(pair.chosen)}",
         f"  y_l  {printable(pair.rejected)}",
         "",
-        f"log-probs in nats, summed over {len(numbers.chosen.policy)} tokens of y_w and {len(numbers.rejected.policy)} "
-        "of y_l, EOS included",
+        f"log-probs in nats, summed over {count(len(numbers.chosen.policy), 'token')} of y_w and "
+        f"{len(numbers.rejected.policy)} of y_l, EOS included",
         "  (picture, question, answer)   log pi_theta   log pi_ref",
     ]
     for triple in numbers.triples:

@@ -18,7 +18,7 @@ from statistics import mean
 from typing import NamedTuple
 
 from external import files
-from external.terminal import print_any_letter, printable
+from external.terminal import count, print_any_letter, printable
 from lab import plotting
 
 
@@ -215,7 +215,7 @@ def main(argv=None) -> None:
         p.error("give --table, --curves FILE or both")
     if args.curves:
         draw(args.runs, args.curves)
-        print(f"{args.curves}: training curves of {len(args.runs)} runs, by optimiser step")
+        print(f"{args.curves}: training curves of {count(len(args.runs), 'run')}, by optimiser step")
     if args.table:
         print(table(args.runs))
 

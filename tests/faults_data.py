@@ -84,7 +84,7 @@ def trl_implicit(bench: Bench) -> Outcome:
     start = [say("system", "Be brief."), say("user", QUESTIONS[0])]
     row = {"images": ["0.png"]}
     row |= {"chosen": [*start, say("assistant", ANSWERS[0])], "rejected": [*start, say("assistant", ANSWERS[1])]}
-    return used(bench.check(bench.data([row])), "1 rows bring a system text")
+    return used(bench.check(bench.data([row])), "1 row with a system text")
 
 
 @fault("A10b", SECTION, "columns of no known layout")
@@ -195,7 +195,7 @@ def wrong_types(bench: Bench) -> Outcome:
 
 @fault("60", SECTION, "an id twice")
 def id_twice(bench: Bench) -> Outcome:
-    return used(bench.check(bench.with_row(id="p0")), "ids stand more than once")
+    return used(bench.check(bench.with_row(id="p0")), "more than once: 1 id")
 
 
 @fault("66", SECTION, "a key twice in a row")

@@ -119,6 +119,29 @@ def test_show_prints_what_the_model_sees(bad_data, tiny_base, tmp_path, capsys):
     assert image.getpixel((8 + 14, 24 + 1)) == image.getpixel((44 + 14, 24 + 1)) == (122, 116, 104)  # padding
 
 
+def test_show_draws_random_pictures_of_usable_rows_alone(tmp_path, tiny_base, capsys):
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "ok.png")
+    flags = ["--base", str(tiny_base), "--rejected-image", "random", "--out", str(tmp_path / "sheet.png")]
+    bad = [row(n, image="none.png") for n in range(3, 9)]
+    show.main([write(tmp_path, [row(1), row(2), *bad]), *flags])  # of seven others six have no picture to give
+    assert "sheet.png: m_w and m_l of 2 rows" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="at least 2 pairs"):
+        show.main([write(tmp_path, [row(1), *bad]), *flags])
+
+
+def test_show_never_overwrites_a_picture_of_the_data(tmp_path, tiny_base):
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "ok.png")
+    before = (tmp_path / "ok.png").read_bytes()
+    with pytest.raises(SystemExit, match="ok.png: is read by this command"):
+        show.main([write(tmp_path, [row(1)]), "--base", str(tiny_base), "--out", str(tmp_path / "ok.png")])
+    assert (tmp_path / "ok.png").read_bytes() == before
+
+
+def test_show_of_no_usable_row_is_a_failure(tmp_path, tiny_base):
+    with pytest.raises(SystemExit, match="no usable rows"):
+        show.main([write(tmp_path, [row(1)]), "--base", str(tiny_base), "--out", str(tmp_path / "sheet.png")])
+
+
 def outcome(command, arguments: list[str], capsys) -> tuple[int, str]:
     """Exit status and everything printed, as the shell shows it."""
     code = 0
@@ -140,12 +163,13 @@ AGREE = {  # name: (rows, flags, exit status, words that check, show and train a
     "one given picture missing": (given_rows(image_rejected="none.png"), [], 1, "missing image"),
     "the same, not looked at": (given_rows(image_rejected="none.png"), ["--recipe", "dpo"], 0, ""),
     "the same, cropped": (given_rows(image_rejected="none.png"), ["--rejected-image", "crop:0.2-0.5"], 0, ""),
-    "three of four given": (given_rows(image_rejected=None), [], 0, "only 3 of 4 rows bring a rejected image"),
+    "three of four given": (given_rows(image_rejected=None), [], 0, "a rejected image stands in only 3 of 4 rows"),
     "a missing picture": (given_rows(image="none.png"), [], 1, "missing image"),
     "no pictures looked at": ([row(1, image="none.png")], ["--recipe", "dpo-no-image"], 0, ""),
     "too long": ([row(1), row(2, chosen="no " * 60)], ["--max-length", "190"], 1, "too long"),
     "too long, cut": ([row(1), row(2, chosen="no " * 60)], ["--max-length", "190", "--cut-long"], 0, ""),
     "one row, random": ([row(1)], ["--rejected-image", "random"], 1, "at least 2 pairs"),
+    "m_l made for nothing": ([row(1)], ["--recipe", "dpo", "--rejected-image", "same"], 1, "does not look at m_l"),
     "nothing usable": ([row(1, chosen="")], [], 1, "empty chosen"),
 }
 
@@ -198,6 +222,7 @@ def test_other_templates_inside_a_prompt_are_pointed_out(prompt, tmp_path, capsy
     "flags, words",
     [
         (["--rows", "-1"], "--rows: -1"),
+        (["--base", ""], "--base: is empty"),
         (["--rows", "0"], "--rows: 0"),
         (["--seed", "-1"], "--seed: -1"),
         (["--max-length", "0"], "--max-length: 0"),

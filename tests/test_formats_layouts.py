@@ -83,7 +83,7 @@ def test_every_layout_may_bring_m_l(name, column, tmp_path, capsys):
     pair = only(tmp_path, LAYOUTS[name] | {column: value})
     assert pair.image_rejected == tmp_path.resolve() / "b.png"
     out = capsys.readouterr().out
-    assert "1 of 1 pairs bring a rejected image" in out and "not used" not in out
+    assert "1 of 1 pair with a rejected image" in out and "not used" not in out
 
 
 def test_two_rejected_pictures_are_refused(tmp_path):
@@ -96,7 +96,7 @@ def test_two_rejected_pictures_are_refused(tmp_path):
 def test_a_system_column_is_used(name, tmp_path, capsys):
     pair = only(tmp_path, LAYOUTS[name] | {"system": "Be brief."})
     assert pair.system == "Be brief."
-    assert "1 rows bring a system text" in capsys.readouterr().out
+    assert "1 row with a system text" in capsys.readouterr().out
 
 
 SYSTEM_MESSAGE = say("system", "Be brief.")
@@ -195,5 +195,5 @@ def test_doubled_ids_and_keys_are_counted(tmp_path, capsys):
     pairs, problems = read_pairs(tmp_path / "d.jsonl")
     assert [p.chosen for p in pairs] == [Y_W, "Last", Y_W, "Last"] and not problems
     out = capsys.readouterr().out
-    assert "note: 1 ids stand more than once, for example r1" in out
+    assert "note: more than once: 1 id, for example r1" in out
     assert "note: key 'chosen' stands twice in 2 objects; the last one counts" in out

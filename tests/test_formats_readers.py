@@ -136,7 +136,7 @@ def test_golden_row(name, tmp_path, capsys):
     pairs, problems = read_pairs(write(tmp_path, rows, file))
     image = PNG if inside else tmp_path.resolve() / "a.png"
     assert (pairs, problems) == ([Pair(row_id, image, Q, Y_W, Y_L, row=1)], [])
-    assert f"1 rows, format {name.split(',')[0]}" in capsys.readouterr().out
+    assert f"1 row, format {name.split(',')[0]}" in capsys.readouterr().out
 
 
 def row(**changes) -> dict:
@@ -243,7 +243,7 @@ def test_ties_are_left_out_and_counted(tmp_path, capsys):
     pairs, problems = read_pairs(write(tmp_path, [tie, one, pair, tie], "v.jsonl"))
     assert [(p.row, p.chosen, p.rejected) for p in pairs] == [(3, "r1", "r0")] and not problems  # the first of equals
     out = capsys.readouterr().out
-    assert "4 rows" in out and "1 pairs; left out: 2 with all ratings equal; left out: 1 with fewer than two" in out
+    assert "4 rows" in out and "1 pair; left out: 2 with all ratings equal; left out: 1 with fewer than two" in out
 
 
 def test_ratings_are_means_not_sums(tmp_path):
@@ -267,7 +267,7 @@ def test_unknown_columns_name_what_was_found_and_the_nearest(tmp_path):
         ("a.json", "[{", "not readable as .json"),
         ("a.json", "{}", "expected a list of rows"),
         ("a.json", "[]", "no rows"),
-        ("a.json", "[1]", "expected a list of rows"),
+        ("a.json", "5", "expected a list of rows"),
         ("a.jsonl", "\n{", "broken row"),
         ("a.parquet", "PAR1", "not readable as .parquet"),
     ],

@@ -41,6 +41,61 @@ def test_the_line_of_a_row_after_blank_lines(tmp_path):
     assert (problem.row, problem.where) == (2, f"{tmp_path}/d.jsonl:4")
 
 
+def test_the_first_row_is_named_where_its_columns_tell_no_format(tmp_path):
+    with pytest.raises(SystemExit, match=r"d\.jsonl:2: unknown columns. Found: none"):
+        problems_of(tmp_path, f"\n{{}}\n{GOOD}\n")
+
+
+def test_a_column_that_a_row_lacks_is_named(tmp_path):
+    (problem,) = problems_of(tmp_path, f'{GOOD}\n{{"image": "a.png", "chosen": "a", "rejected": "b"}}\n')
+    assert problem.detail == "it lacks 'prompt'"
+
+
+def test_one_odd_row_of_a_list_stops_nothing(tmp_path):
+    (tmp_path / "d.json").write_text(f"[{GOOD}, {GOOD}, 7]")
+    pairs, (problem,) = read_pairs(tmp_path / "d.json")
+    assert len(pairs) == 2
+    assert (problem.where, problem.detail) == (
+        f"{tmp_path}/d.json:3",
+        "it is of type int, wanted an object with named columns",
+    )
+
+
+def test_a_list_called_jsonl(tmp_path):
+    with pytest.raises(SystemExit, match="d.jsonl: one list of rows, .* name it .json"):
+        problems_of(tmp_path, json.dumps([row(), row()], indent=1))
+
+
+def test_parquet_with_a_column_twice(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    columns = {"image": "a.png", "prompt": Q, "chosen": Y_W, "rejected": Y_L}
+    table = pyarrow.table([[text] for text in (*columns.values(), "another")], names=[*columns, "chosen"])
+    parquet.write_table(table, tmp_path / "d.parquet")
+    with pytest.raises(SystemExit, match="several columns are called chosen"):
+        read_pairs(tmp_path / "d.parquet")
+
+
+def test_shards_that_the_names_promise_and_that_are_not_there(tmp_path):
+    for i in (0, 2):
+        write(tmp_path, [row()], f"train-{i:05d}-of-00003.parquet")
+    with pytest.raises(SystemExit, match="train-00001-of-00003.parquet is not there; is the download complete?"):
+        read_pairs(tmp_path)
+    write(tmp_path, [row()], "train-00001-of-00003.parquet")
+    assert len(read_pairs(tmp_path)[0]) == 3
+
+
+def test_hidden_files_are_no_rows_and_several_files_are_said(tmp_path, capsys):
+    write(tmp_path, [row()], "a.parquet")
+    write(tmp_path, [row()], "b.parquet")
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    write(tmp_path / ".ipynb_checkpoints", [row()], "a-checkpoint.parquet")
+    (tmp_path / "._a.parquet").write_bytes(b"macOS")
+    assert len(read_pairs(tmp_path)[0]) == 2
+    assert "reading 2 files as one set: a.parquet, b.parquet" in capsys.readouterr().out
+
+
 def test_shards_are_named(tmp_path):
     write(tmp_path, [row(), row(chosen="")], "train-0.parquet")
     (tmp_path / "more").mkdir()
