@@ -24,15 +24,14 @@ Run: python eval_chair.py --answers answers.jsonl --annotations coco/annotations
 """
 
 import argparse
-import json
 import re
 from pathlib import Path
 from typing import NamedTuple
 
 from evals import stats
+from evals.extractor import extract
 from evals.stats import Part, ratio
 from external import endpoint, files
-from external.endpoint import Endpoint
 
 SCORER = "eval_chair.py 1"
 
@@ -163,22 +162,6 @@ def text_objects(text: str, vocabulary: Vocabulary) -> list[tuple[str, str]]:
 
 # ---- objects listed by a language model ----------------------------------------------------------------------------
 
-EXTRACT = """You list the objects that a picture description says are in the picture.
-
-[Question]
-<image> {question}
-[End of question]
-
-[Description]
-{answer}
-[End of description]
-
-Treat the description as true. Rules:
-1. List only objects that the description says are visible in the picture, nothing you infer.
-2. Give each object as a plain noun, without number, colour, size, material or any other attribute.
-3. Do not list parts, feelings, actions or qualities as objects.
-4. Answer with one JSON list of strings and nothing else, such as ["dog", "tennis racket"].
-5. If there is no object, answer []."""
 # Words that end a compound noun or only describe one; they stand in for the original's part-of-speech tagger.
 NOT_A_NOUN = frozenset(
     "a an the of on in at with and or by for from to near next his her their its some several many few one two three "
@@ -186,48 +169,6 @@ NOT_A_NOUN = frozenset(
     "green yellow brown orange gray grey pink purple silver golden dark light bright wooden open empty full various "
     "other adult stuffed colorful - / ' . ,".split()
 )
-SHORT = 3  # answers of so few words are not sent, and name nothing
-
-
-def extract(rows: list[dict], ids: list[int], path: str, asked: Endpoint) -> list[list[str]]:
-    """Names the language model finds in each answer."""
-    requests = {}
-    for row, key in zip(rows, ids, strict=True):
-        if len(row["answer"].split()) > SHORT:
-            question = row.get("question") or row.get("prompt") or ""
-            requests[str(key)] = {
-                "model": asked.model,
-                "messages": [{"role": "system", "content": EXTRACT.format(question=question, answer=row["answer"])}],
-                "temperature": 0.2,
-                "top_p": 1,
-                "max_tokens": 512,
-            }
-    saved = files.read_json(path) if Path(path).is_file() else []
-    if isinstance(saved, dict):  # {image_id: text of the reply}, from another tool
-        texts = saved
-        if missing := sorted(requests.keys() - texts.keys()):
-            raise SystemExit(f"{path}: no reply for {len(missing)} answers, such as of image {missing[:3]}.")
-    else:
-        replies = endpoint.ask_all(requests, path, reply_objects, asked)
-        texts = {key: endpoint.reply_text(reply) for key, reply in zip(requests, replies, strict=True)}
-    try:
-        return [reply_objects(texts[str(key)]) if str(key) in requests else [] for key in ids]
-    except ValueError as error:
-        raise SystemExit(f"{path}: a reply without a list of objects ({error}); remove it and ask again.") from error
-
-
-def reply_objects(reply: str) -> list[str]:
-    """The list in an extractor's reply: all of it, or its last line. ValueError when there is none."""
-    lines = [line for line in reply.strip().split("\n") if not line.startswith("```")]
-    try:
-        found = json.loads("\n".join(lines))
-    except ValueError:
-        if '["' not in reply:
-            raise
-        found = json.loads(lines[-1])
-    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
-        raise ValueError(f"not a JSON list of texts: {reply[:80]!r}")
-    return found
 
 
 def phrase_nouns(name: str, vocabulary: Vocabulary) -> list[str]:
@@ -300,7 +241,7 @@ def score(path: str, replies: str | None, vocabulary: Vocabulary, args: argparse
             row["answer"] = row["answer"].replace("Assistant:", "").strip()
     truth = load_truth(args.annotations, ids, vocabulary)
     if replies:
-        names = extract(rows, ids, replies, asked_endpoint(args))
+        names = extract(rows, ids, replies, endpoint.from_flags(args, args.url, args.model))
         nouns = [[noun for name in listed for noun in phrase_nouns(name, vocabulary)] for listed in names]
         pairs = [noun_objects(said, vocabulary) for said in nouns]
         protocol = f"Object HalBench, objects listed by {args.model or 'saved replies'}"
@@ -325,10 +266,6 @@ def score(path: str, replies: str | None, vocabulary: Vocabulary, args: argparse
     return result, [part]
 
 
-def asked_endpoint(args: argparse.Namespace) -> Endpoint:
-    return Endpoint(args.url, args.model, args.tries, args.timeout, args.parallel)
-
-
 def main(argv: list[str] | None = None) -> None:
     what = "answers.jsonl, an Object HalBench answer file or COCO captions"
     parser = stats.scorer_flags(__doc__, "--answers", what, "answer files")
@@ -350,7 +287,7 @@ def main(argv: list[str] | None = None) -> None:
         replies = [str(Path(path).with_suffix(".replies.json")) if args.url else None for path in paths]
     if len(replies) != len(paths):
         parser.error("--replies needs one file per answer file")
-    stats.check_json(args.json, [*paths, *replies, args.synonyms])
+    stats.check_json(args.json, [*paths, *replies, args.synonyms, *Path(args.annotations).glob("*.json")])
     vocabulary = load_vocabulary(args.synonyms, args.protocol)
     scored = [score(path, reply, vocabulary, args) for path, reply in zip(paths, replies, strict=True)]
     stats.report(scored, args.json)

@@ -28,7 +28,7 @@ from bases.adapter import load_adapter
 from data import BadRow, Processor, bare_question
 from engine.device import choose_device
 from external.flags import number, whole
-from external.terminal import print_any_letter
+from external.terminal import set_up_terminal
 from lora import lora_modules, merge_lora
 from model import LLaVA, causal
 
@@ -353,13 +353,15 @@ def answer_one(args: argparse.Namespace) -> None:
     try:
         args.prompt.encode()
         question = bare_question(args.prompt)
+        if not question:
+            raise BadRow("no question in it")
+        processor = load_processor(args)
+        context = tokenizer.context_of(checkpoint.resolve(args.base, args.weights))
+        prompt = tokenizer.prompt_of(processor, question, context)  # (T,)
     except UnicodeEncodeError:
         raise SystemExit("--prompt: not UTF-8") from None
     except BadRow as error:
         raise SystemExit(f"--prompt: {': '.join(error.args)}") from None
-    if not question:
-        raise SystemExit("--prompt: no question in it")
-    processor = load_processor(args)
     model = load_model(args)
     shown = ""
 
@@ -370,7 +372,6 @@ def answer_one(args: argparse.Namespace) -> None:
             print(text[len(shown) :], end="", flush=True)
             shown = text
 
-    prompt = torch.tensor(processor.prompt_ids(question))  # (T,)
     picture = processor.prepare(pictures.open_image(args.image))[None]  # (1, 3, S, S)
     own = own_generator(args.seed, "")
     [ids] = generate(model, [prompt], picture, args.max_new_tokens, args.temperature, own, args.top_p, args.beams, show)
@@ -378,7 +379,7 @@ def answer_one(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    print_any_letter()
+    set_up_terminal()
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--image", type=Path, required=True, help="a picture")
     p.add_argument("--prompt", required=True, help="a question about it; the answer is printed")

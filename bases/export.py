@@ -48,7 +48,7 @@ QUESTION = "Describe this image in detail."
 def main(argv=None) -> None:
     args = parse_args(argv)
     out, part = args.out, Path(f"{args.out}.part")
-    if out.exists():
+    if out.exists() or out.is_symlink():
         raise SystemExit(f"{out}: exists already; an export never overwrites")
     try:
         part.mkdir(parents=True)

@@ -2,12 +2,15 @@
 
 from pathlib import Path
 
+import torch
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from bases import bunny
 from bases.architectures import architecture_of
+from bases.configs import Fields
 from bases.sentencepiece import read_sentencepiece
-from data import IMAGE_TOKEN, Processor, Template
+from data import IMAGE_TOKEN, MAX_LENGTH, BadRow, Processor, Template
 from external import files
 from model import Config
 
@@ -26,6 +29,22 @@ def load_processor(folder: Path, config: Config | bunny.Config) -> Processor:
     if wrong:
         raise SystemExit(f"{folder}: the tokenizer is not this base's: {wrong}")
     return Processor(tokenizer, config, template)
+
+
+def context_of(folder: Path) -> int:
+    """How many tokens a base was taught to read, by its config.json; MAX_LENGTH where that does not say."""
+    file = folder / "config.json"
+    config = Fields(files.read_json(file, dict), str(file))
+    positions = config.whole("max_position_embeddings", MAX_LENGTH)
+    return config.part("text_config").whole("max_position_embeddings", positions)
+
+
+def prompt_of(processor: Processor, question: str, context: int) -> Tensor:
+    """The prompt (T,) of a bare question. BadRow if the base was not taught to read so much, and still answer."""
+    ids = processor.prompt_ids(question)
+    if len(ids) >= context:
+        raise BadRow("prompt too long", f"{len(ids)} tokens with the picture's, the base reads {context}; shorten it")
+    return torch.tensor(ids)  # (T,)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

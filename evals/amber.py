@@ -31,6 +31,11 @@ WORD = re.compile(r"[A-Za-z0-9]+(?:[-./'][A-Za-z0-9]+)*(?<!'s)|'[A-Za-z]+|[^\sA-
 PUBLISHED_MODEL = "en_core_web_lg"  # spaCy's, whose similarity AMBER's script asks
 TAGGER_PARTS = ("weights", "tagdict", "classes")  # files of averaged_perceptron_tagger_eng
 ATTRIBUTES = ("state", "number", "action")
+OFFICIAL = {  # sha256 of the data at AMBER 534babf6
+    "annotations.json": "db22a436c4836fbb295e60b4e80d519573077579fb7032f01b193c1bd022b797",
+    "relation.json": "c4c1491e9bbc3209abc1888c12a1bf8413bdbab8a0d8be04b990a2e7680cf23e",
+    "safe_words.txt": "f92cf1123f4578a2630832fac3e6ac4de36212ea55859d3bed4fd233723f4043",
+}
 
 
 def has_nltk() -> bool:
@@ -49,7 +54,9 @@ def load_tagger(folder: str) -> Callable[[str], list[str]]:
         path = Path(folder) / f"averaged_perceptron_tagger_eng.{part}.json"
         if not path.is_file():
             raise SystemExit(f"{path}: no such file; it is in nltk_data's taggers/averaged_perceptron_tagger_eng.zip.")
-        parts[part] = files.read_json(path)
+        parts[part] = files.read_json(path, list if part == "classes" else dict)
+    if not parts["classes"]:
+        raise SystemExit(f"{folder}: no classes in averaged_perceptron_tagger_eng.classes.json; unpack it again.")
     # filled by hand, because the loader's arguments differ between nltk versions and it searches the home folder
     tagger = PerceptronTagger(load=False)
     tagger.model.weights, tagger.tagdict = parts["weights"], parts["tagdict"]
@@ -68,13 +75,17 @@ def every_word(text: str) -> list[str]:
     return [word for word in WORD.findall(text) if word != "can"]
 
 
+def is_texts(value) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
 def load_similarity(source: str) -> Callable[[str, str], bool]:
     """`exact`, or the file of evals.similarity: pairs [a, b] whose similarity is above 0.8 (or a bare list of them)."""
     if source == "exact":
         return operator.eq
     found = files.read_json(source)
     pairs = found.get("pairs") if isinstance(found, dict) else found
-    if not isinstance(pairs, list) or not all(isinstance(p, list) and len(p) == 2 for p in pairs):
+    if not isinstance(pairs, list) or not all(is_texts(pair) and len(pair) == 2 for pair in pairs):
         raise SystemExit(f'{source}: must be a JSON list of pairs, such as [["sofa", "couch"]].')
     similar = {frozenset(pair) for pair in pairs}
     return lambda a, b: a == b or frozenset((a, b)) in similar
@@ -85,7 +96,9 @@ def similarity_source(source: str) -> dict:
     if source == "exact":
         return {"source": "exact", "model": None}
     found = files.read_json(source)
-    made_with = found.get("made_with", {}) if isinstance(found, dict) else {}
+    made_with = found.get("made_with") if isinstance(found, dict) else None
+    if not isinstance(made_with, dict):
+        made_with = {}
     digest = files.sha256(Path(source).read_bytes())
     return {"source": source, "sha256": digest, "model": made_with.get("model"), "version": made_with.get("version")}
 
@@ -95,9 +108,18 @@ def load_data(folder: str) -> tuple[list[dict], dict[str, list[str]], set[str]]:
     annotations = files.read_json(Path(folder) / "annotations.json", list)
     relation = files.read_json(Path(folder) / "relation.json", dict)
     for i, row in enumerate(annotations, 1):
-        if not isinstance(row, dict) or row.get("id") != i or "type" not in row:
+        if not isinstance(row, dict) or row.get("id") != i or not is_annotation(row):
             raise SystemExit(f"{folder}/annotations.json: row {i} is not AMBER's; use the official file.")
+    for word, related in relation.items():
+        if not is_texts(related):
+            raise SystemExit(f"{folder}/relation.json: {word!r} is not AMBER's; use the official file.")
     return annotations, relation, set(files.read_text(Path(folder) / "safe_words.txt").split())
+
+
+def is_annotation(row: dict) -> bool:
+    if row.get("type") == "generative":
+        return is_texts(row.get("truth")) and is_texts(row.get("hallu"))
+    return isinstance(row.get("type"), str) and row.get("truth") in ("yes", "no")
 
 
 def category(annotation: dict) -> str:
@@ -262,6 +284,10 @@ def score(paths: list[str], data: tuple, nouns_of: Callable | None, similar: Cal
     protocol = f"AMBER {', '.join(kinds)}{partial} | Yes/No: {args.yes_no}"
     result = stats.header(SCORER, protocol, paths, list(rows.values()), n_expected)
     result |= {"kinds": kinds, "metrics": {}, "similarity": None, "nouns": None}
+    for name, published in OFFICIAL.items():
+        file = Path(args.data) / name
+        if files.sha256(file.read_bytes()) != published:
+            stats.not_comparable(result, f"{file} is not AMBER's published one")
     parts = []
     if described:
         if nouns_of is None:
@@ -324,7 +350,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--yes-no", default="exact", choices=["exact", "first-word"], help="how Yes and No are read")
     parser.add_argument("--partial", action="store_true", help="score fewer ids than the kind has")
     args = parser.parse_args(argv)
-    stats.check_json(args.json, [*(args.compare or args.answers), args.similarity])
+    data_files = [Path(args.data) / name for name in OFFICIAL]
+    stats.check_json(args.json, [*(args.compare or args.answers), args.similarity, *data_files])
     nouns_of = every_word if args.no_tagger else None
     if args.tagger:
         nouns_of = load_tagger(args.tagger)

@@ -21,14 +21,15 @@ from pathlib import Path
 import torch
 
 import pictures
-from bases import checkpoint
+from bases import checkpoint, tokenizer
 from bases.adapter import adapter_sha256
-from data import SYSTEM, Processor, bare_question
+from data import SYSTEM, BadRow, Processor, bare_question
+from engine.distributed import under_torchrun
 from evals.questions import ADDED, Questions, read_questions
 from external import files
-from external.flags import whole
+from external.flags import file_ending, whole
 from external.progress import progress
-from external.terminal import print_any_letter
+from external.terminal import set_up_terminal
 from generate import (
     add_decoding_flags,
     add_model_flags,
@@ -67,14 +68,11 @@ def ask(
     model: LLaVA,
     processor: Processor,
     questions: Questions,
-    todo: list[str],
+    prompts: dict[str, torch.Tensor],
     args: argparse.Namespace,
     save: Callable[[list[dict]], None],
 ) -> None:
-    """Answers all questions of `todo`; the rows of each batch are saved before the next begins."""
-    prompts = {}
-    for key in todo:
-        prompts[key] = torch.tensor(processor.prompt_ids(bare_question(questions.rows[key]["prompt"])))
+    """Answers all questions of `prompts` (id -> (T,)); the rows of each batch are saved before the next begins."""
     lengths = {key: len(prompt) for key, prompt in prompts.items()}
     tokens = args.batch_tokens or cache_tokens(model)
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter lock
@@ -96,6 +94,21 @@ def ask(
                 added = {"answer": processor.decode(ids), "n_tokens": len(ids), "finish": finish}
                 rows.append(questions.rows[key] | added)
             save(rows)
+
+
+def read_prompts(args: argparse.Namespace, processor: Processor, questions: Questions, todo: list[str]) -> dict:
+    """id -> prompt (T,) of the questions of `todo`. SystemExit by id if the base cannot read one of them."""
+    context = tokenizer.context_of(checkpoint.resolve(args.base, args.weights))
+    prompts, problems = {}, []
+    for key in todo:
+        try:
+            prompts[key] = tokenizer.prompt_of(processor, bare_question(questions.rows[key]["prompt"]), context)
+        except BadRow as error:
+            problems.append(f"id {key}: {': '.join(error.args)}")
+    if problems:
+        shown = "\n".join(problems[:5])
+        raise SystemExit(f"{args.questions}: {shown}\n{len(problems)} questions are too long; nothing was generated.")
+    return prompts
 
 
 def open_picture(questions: Questions, key: str, processor: Processor) -> torch.Tensor:
@@ -168,6 +181,12 @@ def check_settings(file: Path, beside: Path, old: dict, settings: dict) -> None:
         raise SystemExit(f"{file} was made with {made}. Give the same settings, or another --out.")
 
 
+def is_answered(row: dict) -> bool:
+    """Whether a row has what this command adds to a question."""
+    kinds = isinstance(row.get("answer"), str) and type(row.get("n_tokens")) is int
+    return kinds and row.get("finish") in ("eos", "length")
+
+
 def read_partial(file: Path, questions: dict[str, dict], settings: dict) -> dict[str, dict]:
     """id -> row of an answers file. SystemExit if it answers other questions, or was made with other settings."""
     if not file.exists():
@@ -185,6 +204,8 @@ def read_partial(file: Path, questions: dict[str, dict], settings: dict) -> dict
         key = str(row.get("id")) if isinstance(row, dict) else ""
         if key not in questions or questions[key] != {name: row[name] for name in row if name not in ADDED}:
             raise SystemExit(f"{file}:{number}: id {key} was another question. Give another --out.")
+        if not is_answered(row):
+            raise SystemExit(f"{file}:{number}: id {key} has no answer; delete the line, and it is asked again.")
         if found.get(key, row) != row:
             raise SystemExit(f"{file}:{number}: id {key} is there twice, with two answers. Give another --out.")
         found[key] = row
@@ -196,11 +217,12 @@ def read_partial(file: Path, questions: dict[str, dict], settings: dict) -> dict
 
 def answer_file(args: argparse.Namespace, source: Source | None = None) -> int:
     """Answers --questions into --out, from where this command, or shards of it, had come; how many are new."""
-    files.check_writable(args.out, [args.questions])
+    for file in (args.out, args.out.with_suffix(".settings.json")):
+        files.check_writable(file, [args.questions])
     questions = read_questions(args.questions, args.image_root)
     source = source or Source(args)
     settings, out, keys = describe(args, source, questions), args.out, list(questions.rows)
-    others = sorted(out.parent.glob(f"{glob.escape(out.stem)}.*-of-*{out.suffix}"))  # what shards have done
+    others = sorted(out.parent.glob(f"{glob.escape(out.stem)}.[0-9]*-of-[0-9]*{out.suffix}"))  # what shards have done
     if args.shard_count > 1:
         out = out.with_stem(f"{out.stem}.{args.shard_index}-of-{args.shard_count}")
         keys, others = keys[args.shard_index :: args.shard_count], []
@@ -208,6 +230,7 @@ def answer_file(args: argparse.Namespace, source: Source | None = None) -> int:
     for file in (out, *others):
         done |= read_partial(file, questions.rows, settings)
     todo = [key for key in keys if key not in done]
+    prompts = read_prompts(args, source.processor, questions, todo)
     files.write_json(out.with_suffix(".settings.json"), settings)
     files.write_rows(out, list(done.values()))  # without a line that was cut off
     if todo:
@@ -218,7 +241,7 @@ def answer_file(args: argparse.Namespace, source: Source | None = None) -> int:
                 done.update({str(row["id"]): row for row in rows})
                 bar.update(len(rows))
 
-            ask(source.model, source.processor, questions, todo, args, save)
+            ask(source.model, source.processor, questions, prompts, args, save)
     rows = [done[key] for key in keys]
     files.write_rows(out, rows)  # in the order of the questions, as some scorers want them
     tokens = sum(row["n_tokens"] for row in rows)
@@ -231,16 +254,19 @@ def answer_file(args: argparse.Namespace, source: Source | None = None) -> int:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    print_any_letter()
+    set_up_terminal()
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--questions", type=Path, required=True, help="jsonl of {id, image, prompt, ...}")
-    p.add_argument("--out", type=Path, required=True, help="answers.jsonl; what is there already is resumed")
+    jsonl = file_ending(".jsonl")
+    p.add_argument("--out", type=jsonl, required=True, help="answers.jsonl; what is there already is resumed")
     p.add_argument("--image-root", type=Path, help="folder the image paths start from (default: the questions')")
     add_model_flags(p)
     add_decoding_flags(p)
     p.add_argument("--batch", type=whole(1), default=64, help="questions at once, at most (default 64)")
     p.add_argument("--batch-tokens", type=whole(1), help="tokens in the cache, at most (default: what memory allows)")
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
+    rank, ranks = 0, 1
+    if under_torchrun():
+        rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     p.add_argument("--shard-index", type=whole(0), default=rank, help="answer every Nth question, from this one on")
     p.add_argument("--shard-count", type=whole(1), default=ranks, help="N; the command without it joins the shards")
     args = parse_flags(p, argv)

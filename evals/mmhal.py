@@ -17,6 +17,7 @@ Run: python -m evals.mmhal --answers answers.jsonl --template response_template.
 
 import argparse
 import ast
+from pathlib import Path
 
 from evals import stats
 from evals.stats import Part, ratio
@@ -27,6 +28,7 @@ SCORER = "evals.mmhal 1"
 N = 96
 TYPES = ("attribute", "adversarial", "comparison", "counting", "relation", "environment", "holistic", "other")
 PUBLISHED_JUDGE = "gpt-4"  # 0314 and others, all switched off; which one is not told in mDPO's table
+OFFICIAL_TEMPLATE = "28ed24e19ffef292597c35f1dad37760b2e0a088b3b40ca3b50f105fc1b951bb"
 OFFICIAL_PROMPT = "2c73d8c50f1740d000fae62cfeed103c2f7a5bcfa904b27e6e09900e7ce600cc"
 
 
@@ -82,7 +84,14 @@ def match(rows: list[dict], template: list[dict]) -> None:
         where = f"{rows[0]['_where']} on: {len(rows)} answers, {len(template)} template records"
         raise SystemExit(f"{where}; MMHal-Bench has {N}, and all must be answered.")
     for i, (row, record) in enumerate(zip(rows, template, strict=True)):
-        asked = row.get("question") or row.get("prompt") or ""
+        asked = stats.question_of(row)
+        contents = record.get("image_content")
+        texts = [record.get("question"), record.get("gt_answer"), *(contents if isinstance(contents, list) else [None])]
+        if not all(isinstance(text, str) for text in texts):
+            raise SystemExit(
+                f"{record['_where']}: wanted the texts `question` and `gt_answer` and a list of texts, "
+                "`image_content`; use the benchmark's own response_template.json."
+            )
         if record["question"].strip() not in asked:
             raise SystemExit(
                 f"{row['_where']}: answers {asked!r}, but question {i} of the template is {record['question']!r}; the "
@@ -108,6 +117,11 @@ def judge(rows: list[dict], template: list[dict], prompt: str, path: str, asked:
     return endpoint.ask_all(requests, path, not_empty, asked)
 
 
+def is_cut(review: dict) -> bool:
+    """Whether the judge was not let finish: what it would have rated is not known."""
+    return review["choices"][0].get("finish_reason") == "length"
+
+
 def read_ratings(reviews: list[dict], path: str) -> list[int | None]:
     """The rating in each of the 96 reviews, which must be in order."""
     keys = [review.get("key", str(i)) for i, review in enumerate(reviews)]
@@ -130,7 +144,7 @@ def score(path: str, args: argparse.Namespace) -> tuple[dict, list[Part]]:
         for row in rows:
             row["answer"] = row["answer"].replace("Assistant:", "").strip()
         prompt, digest = read_prompt(args.prompt)
-        asked = Endpoint(args.url, args.model, args.tries, args.timeout, args.parallel)
+        asked = endpoint.from_flags(args, args.url, args.model)
         reviews = judge(rows, template, prompt, path, asked)
     else:
         reviews = files.read_rows(path)
@@ -145,6 +159,10 @@ def score(path: str, args: argparse.Namespace) -> tuple[dict, list[Part]]:
         stats.not_comparable(result, f"judge {', '.join(models)}: published scores are {PUBLISHED_JUDGE}'s")
     if digest not in (None, OFFICIAL_PROMPT):
         stats.not_comparable(result, f"{args.prompt} is not the official prompt")
+    if rows and files.sha256(Path(args.template).read_bytes()) != OFFICIAL_TEMPLATE:
+        stats.not_comparable(result, f"{args.template} is not the official template")
+    if cut := sum(is_cut(review) for review in reviews):
+        stats.not_comparable(result, f"{cut} replies were cut off by the judge's limit of tokens; raise it, ask anew")
     if None in ratings:
         result["warnings"].append(f"{ratings.count(None)} replies without exactly one rating, counted as 0")
     result |= {

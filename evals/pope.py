@@ -79,7 +79,7 @@ def match(rows: list[dict], labels: list[dict]) -> list[dict]:
     if len(rows) != len(labels):
         raise SystemExit(f"{both} on: {len(rows)} answers for {len(labels)} labels; answer every question once.")
     for row, label in zip(rows, labels, strict=True):
-        asked = row.get("question") or row.get("prompt") or ""
+        asked = stats.question_of(row)
         if label["text"] not in asked or row.get("label", label["label"]) != label["label"]:
             raise SystemExit(
                 f"{row['_where']}: answers {asked!r}, but {label['_where']} asks {label['text']!r} (label "
@@ -97,9 +97,13 @@ def check_complete(both: str, odd: set, lack: str) -> None:
 def score_split(path: str, labels_path: str) -> tuple[dict, list[dict], Part]:
     labels = files.read_rows(labels_path)
     for label in labels:
-        if label.get("label") not in ("yes", "no") or not isinstance(label.get("text"), str):
+        if label.get("label") not in ("yes", "no") or not isinstance(label.get("text"), str) or not label["text"]:
             raise SystemExit(f"{label['_where']}: a label row needs `text` and `label` yes or no.")
-    rows = match(stats.read_answers(path), labels)
+    rows = stats.read_answers(path)
+    for row in rows + labels:
+        if not isinstance(row.get("question_id", 0), str | int):
+            raise SystemExit(f"{row['_where']}: `question_id` is {row['question_id']!r}, wanted a number or a text.")
+    rows = match(rows, labels)
     said = [yes_or_no(row["answer"]) for row in rows]
     ids = [label.get("question_id", i) for i, label in enumerate(labels)]
     part = Part(ids, pope_counts(said, [label["label"] for label in labels]), pope_metrics)

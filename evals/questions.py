@@ -27,6 +27,7 @@ from evals.pope import VERSIONS as POPE_VERSIONS
 from evals.stats import UNKNOWN_VERSION
 from external import files
 from external.progress import progress
+from external.terminal import printable, set_up_terminal
 
 POPE_SUFFIX = "\nAnswer the question using a single word or phrase."
 AMBER_SUFFIX = "\nAnswer with one word, Yes or No."
@@ -228,9 +229,23 @@ def folder_rows(root: Path, prompt: str) -> list[dict]:
     return [{"id": name, "image": name, "prompt": prompt, "source": "folder"} for name in names]
 
 
-def write(rows: list[dict], out: Path) -> None:
+def check_made(rows: list[dict], where: Path) -> None:
+    """SystemExit by id if one of the rows could not be asked, or two have one id."""
+    ids = set()
+    for row in rows:
+        try:
+            check_question(row, Path.cwd())
+            if str(row["id"]) in ids:
+                raise BadRow("this id was there before")
+        except BadRow as e:
+            raise SystemExit(f"{where}: id {printable(str(row['id']))}: {': '.join(e.args)}") from None
+        ids.add(str(row["id"]))
+
+
+def write(rows: list[dict], out: Path, where: Path) -> None:
     """The rows, and beside them the pictures that were in them. What is at `out` already is kept if it is the same."""
     shown = [{name: row[name] for name in row if name != "_picture"} for row in rows]
+    check_made(shown, where)
     if out.exists():
         there = [{name: row[name] for name in row if name != "_where"} for row in files.read_rows(out)]
         if there != shown:
@@ -243,6 +258,7 @@ def write(rows: list[dict], out: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    set_up_terminal()
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("benchmark", choices=[*MAKERS, "folder"])
     p.add_argument("file", type=Path, help="the benchmark's file of questions, or a folder of pictures")
@@ -259,7 +275,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         rows, where = make(args.benchmark, args.file, args.strict), OFFICIAL[args.benchmark].pictures
     files.check_writable(args.out, [args.file])
-    write(rows, args.out)
+    write(rows, args.out, args.file)
     print(f"{args.out}: {len(rows)} questions. Their pictures: {where} (a folder elsewhere is --image-root)")
 
 

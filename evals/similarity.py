@@ -20,6 +20,7 @@ from pathlib import Path
 from evals.amber import PUBLISHED_MODEL, load_data
 from external import files
 from external.progress import progress
+from external.terminal import set_up_terminal
 
 THRESHOLD = 0.8
 
@@ -56,6 +57,7 @@ def load_pipeline(model: str):
 
 
 def main(argv: list[str] | None = None) -> None:
+    set_up_terminal()
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--data", required=True, help="AMBER's data folder: annotations.json, relation.json, safe_words.txt")
     p.add_argument("--out", type=Path, required=True, help="file for the pairs")

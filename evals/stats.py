@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from external import files
-from external.terminal import print_any_letter
+from external.terminal import set_up_terminal
 
 SEED, RESAMPLES = 0, 1000  # of every bootstrap
 UNKNOWN_VERSION = "UNKNOWN VERSION"  # in the `source` of questions whose file is not a published one
@@ -37,6 +37,11 @@ def read_answers(path: str | Path) -> list[dict]:
             raise SystemExit(f"{row['_where']}: {found}; a row needs a text in one of {', '.join(ANSWER_KEYS)}.")
         row["answer"] = row[key]
     return rows
+
+
+def question_of(row: dict) -> str:
+    """The question that an answer row says it answers, or nothing."""
+    return str(row.get("question") or row.get("prompt") or "")
 
 
 def check_unique(ids: list, rows: list[dict], name: str) -> dict:
@@ -139,7 +144,7 @@ def header(scorer: str, protocol: str, paths: list[str], rows: list[dict], n_exp
     tokens = [row.get("n_tokens") for row in rows]
     ends = [row.get("finish") for row in rows]
     beside = [Path(path).with_suffix(".settings.json") for path in paths]
-    settings = [files.read_json(path) if path.is_file() else None for path in beside]
+    settings = [files.read_json(path, dict) if path.is_file() else None for path in beside]
     result = {
         "scorer": scorer,
         "protocol": protocol,
@@ -224,12 +229,13 @@ def report(scored: list[tuple[dict, list[Part]]], json_path: str | None) -> None
 def check_json(json_path: str | None, reads: list[str | None]) -> None:
     """SystemExit if --json cannot be written, or is one of the files that the command reads: paid replies, say."""
     if json_path is not None:
-        files.check_writable(json_path, reads)
+        beside = [Path(path).with_suffix(".settings.json") for path in reads if path]
+        files.check_writable(json_path, [*reads, *beside])
 
 
 def scorer_flags(doc: str, source: str, what: str, compared: str, **more) -> argparse.ArgumentParser:
     """A parser with what every scorer takes: its source of answers or --compare of two, and --json."""
-    print_any_letter()
+    set_up_terminal()
     parser = argparse.ArgumentParser(description=doc.split("\n")[0])
     either = parser.add_mutually_exclusive_group(required=True)
     either.add_argument(source, help=what, **more)

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import eval_chair
+from engine.distributed import under_torchrun
 from evals import amber, answers, mmhal, pope, questions
 from external import endpoint, files
-from external.terminal import print_any_letter
+from external.terminal import set_up_terminal
 from generate import add_model_flags
 
 
@@ -109,6 +110,21 @@ def check_ready(args: argparse.Namespace) -> None:
         if url:
             endpoint.check_endpoint(url)
     files.check_writable(times_file(args))
+    check_readable(args)
+
+
+def check_readable(args: argparse.Namespace) -> None:
+    """SystemExit where the scorers could not read a file, which would be found out after hours of answering."""
+    data = args.data
+    if "objhal" in args.parts:
+        eval_chair.load_vocabulary(str(data / "objhal/synonyms_refine.txt"), "objhal")
+    if "amber" in args.parts:
+        amber.load_data(str(data / "AMBER/data"))
+        amber.load_tagger(str(data / "tagger"))
+        if (data / PAIRS).exists():
+            amber.load_similarity(str(data / PAIRS))
+    if "mmhal" in args.parts:
+        mmhal.read_prompt(str(data / "mmhal/eval_gpt_mmhal.py"))
 
 
 def say_plan(args: argparse.Namespace) -> None:
@@ -150,7 +166,10 @@ def times_file(args: argparse.Namespace) -> Path:
 
 def read_times(args: argparse.Namespace) -> dict[str, float]:
     """Seconds per answer of each job, as measured when it ran."""
-    return files.read_json(times_file(args), dict) if times_file(args).is_file() else {}
+    times = files.read_json(times_file(args), dict) if times_file(args).is_file() else {}
+    if not all(isinstance(seconds, float | int) for seconds in times.values()):
+        raise SystemExit(f"{times_file(args)}: not as this command wrote it; delete it, it only holds times.")
+    return times
 
 
 def answer(job: Job, args: argparse.Namespace, source: answers.Source | None) -> answers.Source:
@@ -227,7 +246,7 @@ SCORERS = {"objhal": objhal_scorer, "amber": amber_scorer, "mmhal": mmhal_scorer
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    print_any_letter()
+    set_up_terminal()
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add_model_flags(p)
     p.add_argument("--data", type=Path, required=True, help="folder of the benchmarks' files; what is missing is said")
@@ -238,6 +257,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--judge", help="endpoint of the language model that rates MMHal-Bench's answers")
     p.add_argument("--judge-model", help="its name there")
     args = p.parse_args(argv)
+    if under_torchrun():
+        p.error("one process asks and scores: start it without torchrun (evals.answers alone can be shared by GPUs)")
     args.out = args.out or args.adapter
     if not args.out:
         p.error("--out is needed without --adapter")

@@ -46,6 +46,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--parallel", type=whole(1), default=4, help="requests at once (default 4)")
 
 
+def from_flags(args: argparse.Namespace, url: str | None, model: str | None) -> Endpoint:
+    return Endpoint(url, model, args.tries, args.timeout, args.parallel)
+
+
 # ---- the key -------------------------------------------------------------------------------------------------------
 
 
@@ -74,12 +78,17 @@ def hide_key(text: str) -> str:
 
 
 def hide_in_reply(value):
-    """A parsed reply without the key; parsed, because JSON can spell every letter in two ways."""
+    """A parsed reply without the key; parsed, because JSON can spell every letter in two ways.
+
+    Half of a surrogate pair, which JSON can spell and no file takes, becomes "?".
+    """
     if isinstance(value, dict):
-        return {hide_key(name): hide_in_reply(inner) for name, inner in value.items()}
+        return {hide_in_reply(name): hide_in_reply(inner) for name, inner in value.items()}
     if isinstance(value, list):
         return [hide_in_reply(inner) for inner in value]
-    return hide_key(value) if isinstance(value, str) else value
+    if isinstance(value, str):
+        return hide_key(value.encode(errors="replace").decode())
+    return value
 
 
 def printable(text: str, length: int = 300) -> str:
@@ -121,8 +130,9 @@ def connect(endpoint: Endpoint):
                 say(reason)
                 raise httpx2.ReadTimeout(reason, request=request) from None
             except httpx2.TransportError as error:
-                say(f"{type(error).__name__}: {error}")
-                raise
+                reason = f"{type(error).__name__}: {str(error) or 'the connection was closed'}"
+                say(reason)
+                raise type(error)(reason, request=request) from None
             if reply.status_code in (408, 409, 429) or reply.status_code >= 500:
                 after = reply.headers.get("Retry-After")
                 say(f"HTTP {reply.status_code}" + (f", Retry-After {after}" if after else ""))
@@ -229,9 +239,10 @@ def ask_all(requests: dict[str, dict], path: str, check: Callable[[str], object]
 
 def check_endpoint(url: str) -> None:
     """SystemExit if nothing can be asked there: a wrong address, an odd key, a package that is not installed."""
-    if not url.startswith(("http://", "https://")):
+    if not url.startswith(("http://", "https://")) or not url.isprintable() or " " in url:
         raise SystemExit(
-            f"{printable(url)}: the endpoint must start with http:// or https://, such as https://host/v1."
+            f"{printable(url)}: the endpoint must start with http:// or https://, such as https://host/v1, and hold "
+            "no blank."
         )
     try:
         parts = urllib.parse.urlsplit(url)
@@ -243,7 +254,16 @@ def check_endpoint(url: str) -> None:
     if parts.username or parts.query:  # not shown: it may be a password
         raise SystemExit(f"The endpoint's address must have no user and no ?query; a key goes into {KEY_VARIABLE}.")
     read_key()
-    import_openai()
+    proxy = proxy_of(url)
+    if proxy and not proxy.startswith(("http://", "https://")):
+        raise SystemExit(f"{parts.scheme.upper()}_PROXY is not the http:// or https:// address of a proxy; correct it.")
+    httpx2, _ = import_openai()
+    try:
+        httpx2.create_ssl_context()
+    except OSError as error:
+        raise SystemExit(
+            f"SSL_CERT_FILE: {error.strerror}; it must name the file of certificates, or be unset."
+        ) from None
 
 
 def body_hash(body: dict) -> str:

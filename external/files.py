@@ -79,8 +79,11 @@ def read_rows(path: str | Path) -> list[dict]:
 
 
 def inside(root: Path, path: str) -> Path:
-    """The file at `path` in root, resolved. ValueError if it lies outside, links followed."""
-    file = (root / path).resolve()
+    """The file at `path` in root, resolved. ValueError if it lies outside, links followed, or can be no file."""
+    try:
+        file = (root / path).resolve()
+    except (OSError, RuntimeError) as error:  # a name that is too long, a link that leads back to itself
+        raise ValueError(str(error)) from None
     if not file.is_relative_to(root):
         raise ValueError(f"{path} is not inside {root}; --image-root DIR changes it")
     return file

@@ -23,6 +23,19 @@ def printable(text: str, longest: int | None = None) -> str:
     return f"{shown}... ({len(text):,} characters)" if cut else shown
 
 
+def set_up_terminal() -> None:
+    """For a command's beginning: any letter can be printed, and Ctrl-C or `| head` end it without a traceback."""
+    print_any_letter()
+    sys.excepthook = say_how_it_ended
+
+
+def say_how_it_ended(kind: type[BaseException], error: BaseException, trace) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        print("\nInterrupted. Its files are whole, and a command that resumes continues from them.", file=sys.stderr)
+    elif not issubclass(kind, BrokenPipeError):  # nobody reads on: `| head` has its lines
+        sys.__excepthook__(kind, error, trace)
+
+
 def print_any_letter() -> None:
     """From here on a letter that the console's encoding lacks is printed as its number, and ends nothing."""
     if isinstance(sys.stdout, io.TextIOWrapper):

@@ -17,8 +17,9 @@ from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
 
+from bases.adapter import adapter_sha256
 from external import files
-from external.terminal import count, print_any_letter, printable
+from external.terminal import count, printable, set_up_terminal
 from lab import plotting
 
 
@@ -42,6 +43,7 @@ COLUMNS = [
     Column("POPE Acc ↑", "eval_pope.json", "accuracy", 100, 1),
     Column("POPE F1 ↑", "eval_pope.json", "f1", 100, 1),
 ]
+GENERATION = {"decoding", "max_new_tokens", "image_mode"}  # what evals.answers writes beside the answers, at least
 RESULT = {"protocol", "metrics", "generation", "n", "warnings"}  # what a scorer's file has at least
 PAPER = [  # mDPO, Table 1: the rows that share base, data and judge
     ("Bunny-v1.0-3B", "2.11 0.58 43.0 8.9 9.8 75.6 64.9 6.0"),
@@ -66,9 +68,31 @@ def results(run: Path) -> dict[str, dict]:
         if file.is_file() and column.file not in found:
             found[column.file] = files.read_json(file, dict)
     for name, result in found.items():
-        if not RESULT <= result.keys() or not is_numbers(result["metrics"]):
+        if not RESULT <= result.keys() or not is_numbers(result["metrics"]) or not are_generations(result):
             raise SystemExit(f"{run / name}: not the result of one answer file (a --compare result?); score it again")
+        if is_stale(run, result):
+            reason = "answers of another adapter than the one that is in the run now; answer and score again"
+            result["not_comparable"] = [*result.get("not_comparable", []), reason]
+            result["warnings"].append(reason)
     return found
+
+
+def generations(result: dict) -> list[dict]:
+    """How the answers of a result were made, of each answer file whose settings are known."""
+    found = result["generation"] if isinstance(result["generation"], list) else [result["generation"]]
+    return [generation for generation in found if generation]
+
+
+def are_generations(result: dict) -> bool:
+    return all(isinstance(own, dict) and GENERATION <= own.keys() for own in generations(result))
+
+
+def is_stale(run: Path, result: dict) -> bool:
+    """Whether the run's adapter is not the one that answered: trained on, say, after it was scored."""
+    if not (run / "adapter_config.json").is_file():
+        return False
+    now = adapter_sha256(run)
+    return any(own.get("adapter_sha256", now) != now for own in generations(result))
 
 
 def is_numbers(metrics) -> bool:
@@ -95,9 +119,7 @@ def letters(number: int) -> str:
     return before + chr(ord("a") + number % 26)
 
 
-def how_made(generation: dict | None) -> str:
-    if not generation:
-        return "decoding not recorded"
+def how_made(generation: dict) -> str:
     decoding = json.dumps(generation["decoding"])
     return f"{decoding}, at most {generation['max_new_tokens']} tokens, image {generation['image_mode']}"
 
@@ -106,8 +128,7 @@ def notes(run: Path, found: dict[str, dict]) -> list[str]:
     """What decides whether a number may be compared: protocol, size, decoding, warnings."""
     lines = []
     for name, result in found.items():
-        generations = result["generation"] if isinstance(result["generation"], list) else [result["generation"]]
-        how = sorted({how_made(generation) for generation in generations})
+        how = sorted({how_made(own) for own in generations(result)}) or ["decoding not recorded"]
         lines.append(f"{run}, {name}: {result['protocol']}; n {result['n']}; {'; '.join(how)}")
         lines += [f"{run}, {name}: warning: {warning}" for warning in result["warnings"]]
     return lines
@@ -205,7 +226,7 @@ def draw(runs: list[Path], file: Path):
 
 
 def main(argv=None) -> None:
-    print_any_letter()
+    set_up_terminal()
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
     p.add_argument("--table", action="store_true", help="print the benchmarks' results beside the paper's")

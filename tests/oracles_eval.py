@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import eval_chair
-from evals import amber, mmhal, pope, stats
+from evals import amber, extractor, mmhal, pope, stats
 from external import files
 
 FAILED = []
@@ -58,7 +58,7 @@ def objhal(folder: Path, data: Path) -> None:
             pairs = [eval_chair.text_objects(row["answer"], vocabulary) for row in rows]
         else:
             pairs = [eval_chair.noun_objects(r["objs"], vocabulary) for r in per_response]
-            parsed = [eval_chair.reply_objects(replies[str(k)]) if str(k) in replies else [] for k in ids]
+            parsed = [extractor.reply_objects(replies[str(k)]) if str(k) in replies else [] for k in ids]
             check("objhal gpt: reply parser", parsed, [r["extract_objs"] for r in per_response])
         check(f"objhal {mode}: ground truth", [sorted(gt) for gt in truth], [r["gt"] for r in per_response])
         listed = [[list(pair) for pair in said] for said in pairs]

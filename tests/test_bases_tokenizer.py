@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from bases.architectures import read_config
-from bases.tokenizer import load_processor
+from bases.tokenizer import context_of, load_processor
 
 
 @pytest.fixture
@@ -94,3 +94,16 @@ def test_a_file_that_is_no_tokenizer(base, text, message):
     (base / "tokenizer.json").write_text(text)
     with pytest.raises(SystemExit, match=message):
         load_processor(base, read_config(base))
+
+
+@pytest.mark.parametrize(
+    "config, tokens",
+    [
+        ({}, 4096),
+        ({"max_position_embeddings": 2048}, 2048),  # Bunny's, and the original LLaVA's
+        ({"text_config": {"max_position_embeddings": 300}, "max_position_embeddings": 7}, 300),  # the hub's layout
+    ],
+)
+def test_how_much_a_base_was_taught_to_read(tmp_path, config, tokens):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert context_of(tmp_path) == tokens

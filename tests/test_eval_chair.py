@@ -6,7 +6,7 @@ import pytest
 from llm_server import serve
 
 import eval_chair
-from eval_chair import chair_scores, load_vocabulary, noun_objects, phrase_nouns, reply_objects, text_objects
+from eval_chair import chair_scores, load_vocabulary, noun_objects, phrase_nouns, text_objects
 
 # the double blank before "motor bike" is in the official list of 2018
 SYNONYMS = """person, girl, man, woman, people, child, passenger, baby
@@ -114,25 +114,6 @@ def test_objects_of_a_text(synonyms, text, chair2018, objhal):
     for protocol, expected in (("chair2018", chair2018), ("objhal", objhal)):
         found = [node for _, node in text_objects(text, load_vocabulary(synonyms, protocol))]
         assert found == expected, protocol
-
-
-@pytest.mark.parametrize(
-    "reply, names",
-    [
-        ('["dog", "hot dogs"]', ["dog", "hot dogs"]),
-        ("[]", []),
-        ('Here it is:\n["dog"]', ["dog"]),
-        ('```json\n["dog",\n "cat"]\n```', ["dog", "cat"]),
-    ],
-)
-def test_reply_parser(reply, names):
-    assert reply_objects(reply) == names
-
-
-@pytest.mark.parametrize("reply", ["", "a dog", "Objects: []", '["dog"]\nThat is all.', '{"a": 1}', "[1]", '["dog'])
-def test_unreadable_replies_are_refused(reply):
-    with pytest.raises(ValueError):
-        reply_objects(reply)
 
 
 @pytest.mark.parametrize(

@@ -330,11 +330,13 @@ def test_a_picture_that_goes_while_others_are_asked_is_named(asked, monkeypatch,
     "more, reason",
     [
         (["--out", "/proc/nowhere/a.jsonl"], "/proc/nowhere/a.jsonl: cannot be written"),
-        (["--out", "."], "cannot be written .Is a directory"),
+        (["--out", "folder.jsonl"], "cannot be written .Is a directory"),
     ],
 )
 def test_a_place_that_cannot_be_written_is_found_first(asked, monkeypatch, more, reason):
-    _, args, _ = asked
+    _, args, out = asked
+    monkeypatch.chdir(out.parent)
+    Path("folder.jsonl").mkdir()
     for name in ("read_questions", "load_processor", "load_model"):
         monkeypatch.setattr(answers, name, None)
     with pytest.raises(SystemExit, match=reason):
@@ -378,3 +380,33 @@ def test_torchrun_shares_the_questions_and_joins_the_answers(asked):
     )
     assert done.returncode == 0, done.stderr
     assert out.read_bytes() == whole
+
+
+def test_a_prompt_that_the_base_was_not_taught_to_read_is_refused_before_the_model_is_loaded(asked, monkeypatch):
+    rows, args, out = asked
+    rows[2]["prompt"] = "what is it " * 2000
+    file = Path(args[args.index("--questions") + 1])
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(answers, "load_model", None)
+    with pytest.raises(SystemExit, match="id 2: prompt too long: .* tokens with the picture's, the base reads 4096"):
+        answers.main(args)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("change", [{"answer": None}, {"n_tokens": "4"}, {"finish": 7}])
+def test_an_edited_row_without_an_answer_is_named(asked, change):
+    _, args, out = asked
+    answers.main(args)
+    rows = read(out)
+    out.write_text("".join(json.dumps(row) + "\n" for row in [rows[0], rows[1] | change, *rows[2:]]))
+    with pytest.raises(SystemExit, match="a.jsonl:2: id 1 has no answer; delete the line"):
+        answers.main(args)
+
+
+def test_a_part_of_torchruns_variables_is_refused_and_a_world_alone_is_not_torchrun(asked, monkeypatch):
+    _, args, _ = asked
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert answers.parse_args(args).shard_count == 1
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(SystemExit, match="is not as torchrun sets it"):
+        answers.parse_args(args)

@@ -213,7 +213,8 @@ def test_what_was_begun_with_a_broken_line_inside_is_named(tmp_path):
 
 def test_a_question_answered_twice_is_named(tmp_path):
     (tmp_path / "a.settings.json").write_text("{}")
-    (tmp_path / "a.jsonl").write_text('{"id": 1, "answer": "x"}\n{"id": 1, "answer": "y"}\n')
+    rows = [{"id": 1, "answer": text, "n_tokens": 1, "finish": "eos"} for text in "xy"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(SystemExit, match="a.jsonl:2: id 1 is there twice"):
         answers.read_partial(tmp_path / "a.jsonl", {"1": {"id": 1}}, {})
 

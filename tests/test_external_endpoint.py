@@ -200,3 +200,17 @@ def test_without_the_package_a_sentence_says_what_to_install(tmp_path, monkeypat
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(SystemExit, match="pip install 'openai"):
         ask_all(requests("1"), tmp_path / "r.json", str, endpoint_at("http://127.0.0.1:9/v1"))
+
+
+def test_half_of_a_surrogate_pair_in_a_reply_can_be_kept(tmp_path):
+    with serve(answer=lambda body: "Rating: 4 \ud83d") as server:
+        replies = ask_all(requests("1"), tmp_path / "r.json", str, endpoint_at(server.url))
+    assert endpoint.reply_text(replies[0]) == "Rating: 4 ?"
+    assert json.loads((tmp_path / "r.json").read_text()) == replies
+
+
+@pytest.mark.parametrize("name, value", [("http_proxy", "junk"), ("SSL_CERT_FILE", "/none")])
+def test_surroundings_that_cannot_be_right_are_named(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit, match=name.upper()):
+        endpoint.check_endpoint("http://host/v1")

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from bases.adapter import adapter_sha256
 from evals import pope
 from lab import report
 
@@ -193,3 +194,18 @@ def test_a_name_with_a_bar_stays_one_cell(tmp_path):
     run = write_run(tmp_path / "a|b")
     text = report.table([run])
     assert f"| {tmp_path}/a\\|b " in text
+
+
+def test_a_result_of_an_earlier_adapter_is_marked(tmp_path):
+    """Trained on after it was scored: the table must not show the old number as the run's."""
+    run = write_run(tmp_path / "run", pope=result("POPE", accuracy=0.5))
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (run / name).write_text("{}")
+    file = run / "eval_pope.json"
+    for sha256, expected in ((adapter_sha256(run), "50.0"), ("of an earlier one", "50.0 (a)"), (None, "50.0 (a)")):
+        found = result("POPE", accuracy=0.5)
+        found["generation"]["adapter_sha256"] = sha256
+        file.write_text(json.dumps(found))
+        text = report.table([run])
+        assert row_of(text, str(run))[8] == expected
+        assert ("answers of another adapter" in text) == (expected != "50.0")
