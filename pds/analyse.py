@@ -28,7 +28,7 @@ from torch import Tensor
 
 from external import files
 from external.flags import file_ending, whole
-from external.terminal import print_any_letter
+from external.terminal import printable, set_up_terminal
 from pds import candidates, clip_score, figures, rank_images, runner
 from pds.runner import Row
 
@@ -58,7 +58,7 @@ def complete_prompts(rows: list[Row], scorers: list[str]) -> tuple[dict[str, lis
         for row in own:
             scores = row.get("scores") or {}
             lacking += [
-                f"no {name} score for {row['id']}" for name in scorers if not rank_images.is_score(scores.get(name))
+                f"no {name} score for {row['id']}" for name in scorers if not runner.is_number(scores.get(name))
             ]
         if len(own) < wanted:
             left_out[prompt] = f"{len(own)} of {wanted} candidates"
@@ -121,7 +121,7 @@ def image_scores(rows: list[Row], scorers: list[str]) -> dict[str, list[float]]:
     values = {name: [] for name in scorers}
     for row in rows:
         for name, value in (row.get("scores") or {}).items():
-            if rank_images.is_score(value):
+            if runner.is_number(value):
                 values[name].append(value)
     return values
 
@@ -224,7 +224,7 @@ def text_similarity(texts: list[str], embed) -> dict | None:
 
 
 def answer_scores(rows: list[Row]) -> list[float]:
-    return [row["score"] for row in rows if rank_images.is_score(row.get("score"))]
+    return [row["score"] for row in rows if runner.is_number(row.get("score"))]
 
 
 def analyse_answers(rows: list[Row], embed) -> dict:
@@ -270,7 +270,7 @@ def print_scores(found: dict) -> None:
     print(f"\nguidance scale of the best picture, % by {found['scorers'][0]}")
     for topic, shares in found["guidance_share"].items():
         cells = "   ".join(f"{scale} {share:5.1f}" for scale, share in shares.items() if scale != "n")
-        print(f"  {topic:28s} {cells}   of {shares['n']}")
+        print(f"  {printable(topic):28s} {cells}   of {shares['n']}")
     print(f"  paper: {PAPER['guidance_share']}")
 
 
@@ -287,7 +287,7 @@ def print_answers(found: dict) -> None:
     print("\nresponder                      chosen  rejected  no candidate")
     for name, counts in found["responders"].items():
         reasons = ", ".join(f"{n} {reason}" for reason, n in counts["no candidate"].items())
-        print(f"  {name:28s} {counts['chosen']:6d}  {counts['rejected']:8d}  {reasons or 'none'}")
+        print(f"  {printable(name):28s} {counts['chosen']:6d}  {counts['rejected']:8d}  {reasons or 'none'}")
     print(f"  no pair: {', '.join(f'{n} {reason}' for reason, n in found['dropped'].items()) or 'none'}")
     for what, values in found["similarity"].items():
         if values:
@@ -299,7 +299,7 @@ def print_answers(found: dict) -> None:
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    print_any_letter()
+    set_up_terminal()
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument(
         "input", type=Path, nargs="+", metavar="FILE", help="rows of rank_images, of rank_responses, or both"
@@ -326,12 +326,13 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def read_kind(file: Path) -> tuple[str, list[Row]]:
     """What a file holds, "answers" or "images", and its rows, checked."""
-    rows = runner.read_inputs(file, {})
-    if any("responder" in row for row in rows):
-        return "answers", runner.read_inputs(file, {"prompt": str, "responder": str})
-    if any("scores" in row for row in rows):
+    found = files.read_rows(file)
+    if any("responder" in row for row in found):
+        return "answers", runner.check_inputs(file, found, {"prompt": str, "responder": str})
+    if any("scores" in row for row in found):
+        rows = runner.check_inputs(file, found, rank_images.NEEDED)
         rank_images.check_scores(file, rows)
-        return "images", runner.read_inputs(file, rank_images.NEEDED)
+        return "images", rows
     raise SystemExit(f"{file}: neither rows of rank_images (`scores`) nor of rank_responses (`responder`)")
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from external import files
 from external.endpoint import reply_text
+from external.terminal import printable
 from pds import endpoints, runner
 from pds.runner import Row
 
@@ -78,13 +79,15 @@ def from_file(row: Row, questions: dict[str, str], file: Path) -> Row:
     return row | {"prompt": question} if question else runner.failed(row, f"no question for it in {file}")
 
 
-def source_of(args: argparse.Namespace) -> tuple[dict, Callable[[], runner.Work]]:
-    """Where the questions come from: for the settings, and as work."""
+def source_of(args: argparse.Namespace, ids: set[str]) -> tuple[dict, Callable[[], runner.Work]]:
+    """Where the questions about these ids come from: for the settings, and as work."""
     if args.templates:
         described = {"model": "templates", "templates": files.sha256("\n".join(TEMPLATES).encode())[:16]}
         return described, lambda: runner.each_row(lambda row: row | {"prompt": template_of(args.seed, str(row["id"]))})
     if args.questions:
         questions = read_questions(args.questions)
+        if surplus := sorted(questions.keys() - ids):
+            print(printable(f"{args.questions}: {len(surplus)} questions are for no row of IN, such as {surplus[0]}"))
         described = {"model": f"questions of {args.questions.name}", "sha256": files.file_sha256(args.questions)}
         return described, lambda: runner.each_row(lambda row: from_file(row, questions, args.questions))
     where = endpoints.from_flags(args, args.endpoint, args.model)
@@ -117,7 +120,7 @@ def main(argv=None) -> None:
     for row in runner.read_inputs(args.input, NEEDED):
         kept = {name: row[name] for name in ("id", "topic", "caption", "image", "error") if name in row}
         inputs.append(kept)
-    made_by, load = source_of(args)
+    made_by, load = source_of(args, {str(row["id"]) for row in inputs})
     settings = {"stage": "ask", "in": runner.beside(args.input, args.out), "seed": args.seed} | made_by
     result = runner.run(args, inputs, settings, {"prompt", "error"}, load)
     runner.report(args, result)

@@ -9,11 +9,10 @@ Deviations from the paper and its release
 2. All scores equal, or best and worst in the same words: no pair. The release takes one answer for both sides.
 """
 
-import math
 from collections import Counter, defaultdict
 from typing import NamedTuple
 
-from pds.runner import Row
+from pds.runner import Row, is_number
 
 REFUSALS = (  # how a refusal begins, in lower case
     "i'm sorry",
@@ -77,8 +76,7 @@ def refused_for(row: Row, rules: Rules) -> str | None:
         return "cut"
     if answer.replace("\u2019", "'").lower().startswith(REFUSALS):
         return "refusal"
-    score = row.get("score")
-    if not isinstance(score, int | float) or isinstance(score, bool) or not math.isfinite(score):
+    if not is_number(row.get("score")):
         return "failed"  # the judge said nothing of it
     return None
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from external import files
+from external.terminal import printable
 from pds import runner
 from pds.candidates import Export
 
@@ -70,7 +71,8 @@ def listed(counts: Counter) -> str:
 def table(header: list[str], rows: list[list]) -> str:
     """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+    cells = [[printable(str(cell)).replace("|", "\\|") for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 def stage_rows(stages: list[Stage]) -> list[list]:

@@ -30,7 +30,7 @@ def add_flags(p: argparse.ArgumentParser) -> None:
 
 def from_flags(args: argparse.Namespace, url: str, model: str) -> Endpoint:
     endpoint.check_endpoint(url)
-    return Endpoint(url, model, args.tries, args.timeout, args.parallel)
+    return endpoint.from_flags(args, url, model)
 
 
 def data_uri(path: Path) -> str:

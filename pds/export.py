@@ -21,8 +21,8 @@ from pathlib import Path
 import pictures
 from external import files
 from external.flags import number, whole
-from external.terminal import print_any_letter
-from pds import card, runner
+from external.terminal import set_up_terminal
+from pds import card, origin, runner
 from pds.candidates import Export, Rules, bare, by_question, choose, without_echo
 from pds.runner import Row
 
@@ -42,6 +42,9 @@ def make_pairs(rows: list[Row], rules: Rules) -> Export:
             dropped_pairs[choice.dropped] += 1
             continue
         chosen, rejected = choice.chosen, choice.rejected
+        if not bare(chosen["prompt"]):
+            dropped_pairs["no question"] += 1
+            continue
         pairs.append(
             {
                 "id": key,
@@ -85,13 +88,18 @@ def balanced_order(pairs: list[Row], topics: dict[str, str], seed: int) -> list[
 # ---- pictures ------------------------------------------------------------------------------------------------------
 
 
-def with_picture(pairs: list[Row], root: Path) -> list[Row]:
-    """The pairs whose picture can be used, its path as it is inside `root`."""
+def with_picture(pairs: list[Row], root: Path, answered: dict[str, str]) -> list[Row]:
+    """The pairs whose picture can be used, its path as it is inside `root`.
+
+    answered: id -> sha256 of the picture that the answers are about, where it is known.
+    """
     usable = []
     for pair in pairs:
         try:
             source = files.inside(root, pair["image"])
             pictures.open_image(source)
+            if answered.get(pair["id"], "") not in ("", origin.picture_sha256(source)):
+                raise ValueError("another picture than the answers are about")
         except ValueError as error:
             print(f"{pair['id']}: {pair['image']}: {error}; no pair")
             continue
@@ -134,7 +142,7 @@ def write(args: argparse.Namespace, export: Export, topics: dict[str, str], read
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    print_any_letter()
+    set_up_terminal()
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("input", type=Path, metavar="IN", help="ranked.jsonl: {id, image, prompt, responder, answer, score}")
     p.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the data set; an old one is replaced")
@@ -155,7 +163,8 @@ def main(argv=None) -> None:
     export = make_pairs(rows, Rules(args.min_words, args.min_margin))
     check_out(args)
     root = (args.image_root or args.input.parent).resolve()
-    usable = with_picture(export.pairs, root)
+    answered = {str(row["id"]): row["image_sha256"] for row in rows if "image_sha256" in row}
+    usable = with_picture(export.pairs, root, answered)
     export.dropped_pairs["picture"] += len(export.pairs) - len(usable)
     export = export._replace(pairs=usable, dropped_pairs=+export.dropped_pairs)
     if not export.pairs:

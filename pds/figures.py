@@ -158,7 +158,7 @@ def draw_candidate(page: Image.Image, row: Row, scorers: list[str], image_root: 
     scores = row.get("scores") or {}
     for i, name in enumerate(scorers):
         value = scores.get(name)
-        shown = f"{value:.3f}" if rank_images.is_score(value) else "-"
+        shown = f"{value:.3f}" if runner.is_number(value) else "-"
         draw.text((x + 100, below + i * TEXT), f"{name} {shown}", "black", font)
 
 

@@ -4,7 +4,8 @@
     python -m pds.images prompts.jsonl --out images.jsonl --images DIR
 
 IN has a row per prompt, {id, topic, caption}; OUT one per picture, {id: "art-1/g7", prompt_id, topic, caption,
-guidance, seed, image}, the pictures in images/ beside OUT. --images takes pictures made elsewhere, DIR/art-1-g7.png.
+guidance, seed, image}, the pictures beside it, in a folder that is called as OUT without `.jsonl`. --images takes
+pictures made elsewhere, DIR/art-1-g7.png.
 
 A prompt's text is encoded once and painted at every scale; a batch holds prompts at one scale. Noise is drawn on the
 CPU, picture by picture, from (run seed, id, scale): it depends neither on the batch nor on the card.
@@ -31,7 +32,7 @@ from PIL import Image
 import pictures
 from external import files, hub
 from external.flags import number, whole
-from pds import runner
+from pds import origin, runner
 from pds.runner import Row
 
 DEFAULT = "stabilityai/stable-diffusion-3-medium-diffusers"
@@ -73,8 +74,9 @@ def candidates_of(prompts: list[Row], args: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def file_name(row: Row) -> str:
-    return f"images/{row['prompt_id']}-g{row['guidance']:g}"
+def stem(row: Row) -> str:
+    """What a picture's file is called, without its ending."""
+    return f"{row['prompt_id']}-g{row['guidance']:g}"
 
 
 def picture_problem(values: np.ndarray) -> str | None:
@@ -145,7 +147,10 @@ class Painter:
 
     def check_scales(self, row: Row, scales: list[float]) -> None:
         """SystemExit if the scale changes nothing: then four candidates differ by chance alone."""
-        first, last = (self.paint([row["caption"]], scale, [0], 2)[0] for scale in (min(scales), max(scales)))
+        try:
+            first, last = (self.paint([row["caption"]], scale, [0], 2)[0] for scale in (min(scales), max(scales)))
+        except ValueError as error:  # a --size that it does not paint
+            raise SystemExit(f"the pipeline does not paint with these flags: {error}") from None
         if len(scales) > 1 and np.array_equal(first, last, equal_nan=True):
             raise SystemExit(
                 f"{self.scale_argument} {min(scales):g} and {max(scales):g} give the same picture: a distilled model "
@@ -168,7 +173,7 @@ class Painter:
     def save(self, row: Row, values: np.ndarray) -> Row:
         if problem := picture_problem(values):
             return runner.failed(row, problem)
-        name = f"{file_name(row)}.png"
+        name = f"{self.out.stem}/{stem(row)}.png"
         with files.whole(self.out.parent / name) as part:
             Image.fromarray((values * 255).round().astype(np.uint8)).save(part, "PNG")
         return row | {"image": name}
@@ -217,26 +222,35 @@ def load_pipeline(folder: Path, dtype: str, offload: bool):
 # ---- pictures made elsewhere ---------------------------------------------------------------------------------------
 
 
+def own_picture(row: Row, folder: Path) -> Path | None:
+    """The picture of a row that was made elsewhere."""
+    for suffix in SUFFIXES:
+        for spelled in (suffix, suffix.upper()):
+            file = folder / f"{stem(row)}{spelled}"
+            if file.is_file():
+                return file
+    return None
+
+
 def take(rows: list[Row], folder: Path, out: Path) -> list[Row]:
     """Rows with the pictures of a folder, copied beside OUT."""
     results = []
     for row in rows:
-        stem = Path(file_name(row)).name
-        found = [folder / f"{stem}{suffix}" for suffix in SUFFIXES if (folder / f"{stem}{suffix}").is_file()]
+        found = own_picture(row, folder)
         if not found:
-            results.append(runner.failed(row, f"no {stem}.png (or .jpg, .webp) in {folder}"))
+            results.append(runner.failed(row, f"no {stem(row)}.png (or .jpg, .webp) in {folder}"))
             continue
         try:
-            problem = picture_problem(np.asarray(pictures.open_image(found[0])) / 255)
+            problem = picture_problem(np.asarray(pictures.open_image(found)) / 255)
         except ValueError as error:
-            problem = f"{found[0].name}: {error}"
+            problem = f"{found.name}: {error}"
         if problem:
             results.append(runner.failed(row, problem))
             continue
-        name = file_name(row) + found[0].suffix
-        if (out.parent / name).resolve() != found[0].resolve():
+        name = f"{out.stem}/{found.name}"
+        if (out.parent / name).resolve() != found.resolve():
             with files.whole(out.parent / name) as part:
-                shutil.copyfile(found[0], part)
+                shutil.copyfile(found, part)
         results.append(row | {"image": name})
     return results
 
@@ -259,6 +273,11 @@ def parse_args(argv=None) -> argparse.Namespace:
     args = p.parse_args(argv)
     runner.check_flags(p, args)
     args.guidance = sorted(set(args.guidance))
+    names = [f"{guidance:g}" for guidance in args.guidance]
+    if len(set(names)) < len(names):
+        p.error(f"--guidance: two scales are both {max(names, key=names.count)} in six digits, which name the pictures")
+    if args.images and not args.images.is_dir():
+        p.error(f"--images {args.images}: no such folder")
     args.dtype = args.dtype or ("float16" if torch.cuda.is_available() else "float32")
     return args
 
@@ -268,10 +287,10 @@ def describe(args: argparse.Namespace, folder: Path | None) -> dict:
     common = {"stage": "images", "in": runner.beside(args.input, args.out), "guidance": args.guidance}
     if folder is None:
         return common | {"model": f"pictures of {args.images.name}"}
-    weights = sorted(folder.glob("*/*.safetensors"))
+    deciding = {file for pattern in PATTERNS for file in folder.glob(pattern)}
     return (
         common
-        | runner.describe_model(args.model, folder, weights)
+        | origin.describe_model(args.model, folder, list(deciding))
         | {
             "steps": args.steps,
             "size": args.size,
@@ -288,6 +307,8 @@ def describe(args: argparse.Namespace, folder: Path | None) -> dict:
 def main(argv=None) -> None:
     args = parse_args(argv)
     rows = candidates_of(runner.read_inputs(args.input, {"topic": str, "caption": str}), args)
+    if args.images:
+        rows = origin.with_pictures(rows, lambda row: own_picture(row, args.images))
     folder = None if args.images else find_pipeline(args.model)
     painters = []
     place = {row["id"]: number // len(args.guidance) for number, row in enumerate(rows)}  # of its prompt

@@ -11,6 +11,7 @@ from external import files, hub
 from pds import runner
 
 PATTERNS = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
+DECIDING = ("*config.json", "token*", "vocab*", "merges.txt", "*tokens*.json", "chat_template*", "*.safetensors")
 
 
 def find(name: str, flag: str) -> Path:
@@ -20,6 +21,11 @@ def find(name: str, flag: str) -> Path:
     if Path(name).exists() or name.count("/") != 1:
         raise SystemExit(f"{flag} {name}: neither a folder with a config.json nor a name on the hub")
     return hub.download(name, PATTERNS, "model", name, f"a folder with {flag}")
+
+
+def deciding(folder: Path) -> list[Path]:
+    """The files of a folder that decide what its model says: weights, configs, tokenizer, chat template."""
+    return sorted({file for pattern in DECIDING for file in folder.glob(pattern)})
 
 
 def load(kind: str, folder: Path, dtype: torch.dtype, device: str):

@@ -74,13 +74,18 @@ def from_file(file: Path, topic: str | None) -> Iterator[tuple[str, int, str]]:
             raise SystemExit(f"{where}: no `topic`; give it in the row, or --topic for all")
         if not isinstance(caption, str) or not caption.strip():
             raise SystemExit(f"{where}: no `caption`")
+        if problem := runner.row_problem({"id": own, "caption": caption}, {}):
+            raise SystemExit(f"{where}: {problem}")
         numbers[slug(own)] += 1
         yield own, numbers[slug(own)], " ".join(caption.split())
 
 
 def captions_of(file: Path, topic: str | None) -> list[tuple[str, str | None, str]]:
     """(where, topic, caption) of every row of a file."""
-    if file.suffix in (".json", ".jsonl"):
+    kind = file.suffix.lower()
+    if kind in (".csv", ".tsv", ".parquet", ".gz", ".zip"):
+        raise SystemExit(f"{file}: --file takes a text file, a prompt a line, or .json and .jsonl rows of its prompts")
+    if kind in (".json", ".jsonl"):
         return [(row["_where"], row.get("topic", topic), row.get("caption")) for row in files.read_rows(file)]
     lines = enumerate(files.read_text(file).split("\n"), 1)
     found = [(f"{file}:{number}", topic, line) for number, line in lines if line.strip()]

@@ -28,7 +28,7 @@ from PIL import Image
 import pictures
 from external import files
 from external.flags import file_ending, number, whole
-from pds import clip_score, imagereward, runner
+from pds import clip_score, imagereward, origin, runner
 from pds.runner import Row
 
 NEEDED = {"prompt_id": str, "topic": str, "caption": str, "guidance": int | float, "image": str}
@@ -46,10 +46,6 @@ def check_scores(file: Path, rows: list[Row]) -> None:
 # ---- choosing (equation 7) -----------------------------------------------------------------------------------------
 
 
-def is_score(value) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
 def by_prompt(rows: list[Row]) -> dict[str, list[Row]]:
     """prompt id -> its candidates, lower guidance first."""
     found = defaultdict(list)
@@ -60,7 +56,7 @@ def by_prompt(rows: list[Row]) -> dict[str, list[Row]]:
 
 def ranked(candidates: list[Row], scorer: str) -> list[Row]:
     """Best first; of equals, lower guidance first. Candidates without this score are left out."""
-    scored = [row for row in candidates if is_score(row.get("scores", {}).get(scorer))]
+    scored = [row for row in candidates if runner.is_number(row.get("scores", {}).get(scorer))]
     return sorted(scored, key=lambda row: (-row["scores"][scorer], row["guidance"]))
 
 
@@ -155,12 +151,13 @@ def find_scorers(args: argparse.Namespace) -> tuple[dict, dict]:
         if name == "clip":
             model, weights = clip_score.find_weights(args.clip)
             found[name] = (model, weights)
-            described[name] = runner.describe_model(args.clip, weights.parent, [weights])
+            beside = sorted(weights.parent.glob("*.json")) if Path(args.clip).is_dir() else []
+            described[name] = origin.describe_model(args.clip, weights.parent, [weights, *beside])
         else:
             folder = args.imagereward if name == "imagereward" else args.blip
             found[name] = imagereward.find_files(folder)
             model = str(folder or imagereward.REPOSITORY)
-            described[name] = runner.describe_model(model, found[name].weights.parent, list(found[name]))
+            described[name] = origin.describe_model(model, found[name].weights.parent, list(found[name]))
     return found, described
 
 
@@ -222,6 +219,8 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     inputs = runner.read_inputs(args.input, NEEDED)
     check_scores(args.input, inputs)
+    image_root = Path(args.image_root or args.input.parent).resolve()
+    inputs = origin.with_pictures(inputs, lambda row: files.inside(image_root, row["image"]))
     found, described = find_scorers(args)
     settings = {
         "stage": "rank_images",
@@ -234,7 +233,7 @@ def main(argv=None) -> None:
     judges = []
 
     def load() -> runner.Work:
-        judge = Judge(load_scorers(args, found), Path(args.image_root or args.input.parent).resolve())
+        judge = Judge(load_scorers(args, found), image_root)
         judges.append(judge)
         return runner.Work(judge, ROW_BYTES)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from pds import armorm, candidates, library, runner
+from pds import armorm, candidates, library, origin, runner
 from pds.runner import Row
 
 NEEDED = {"prompt": str, "responder": str, "answer": str}
@@ -124,7 +124,7 @@ def main(argv=None) -> None:
     settings = {
         "stage": "rank_responses",
         "in": runner.beside(args.input, args.out),
-        "judge": runner.describe_model(name, folder, sorted(folder.glob("*.safetensors"))),
+        "judge": origin.describe_model(name, folder, library.deciding(folder)),
         "dtype": args.dtype,
         "torch": torch.__version__,
     }

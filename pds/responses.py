@@ -26,28 +26,25 @@ from urllib.parse import parse_qsl
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 import generate
 import pictures
-from bases import adapter, checkpoint, tensors
+from bases import adapter, checkpoint, tokenizer
+from data import BadRow, bare_question
 from external import files
 from external.endpoint import reply_text
 from external.flags import whole
-from pds import candidates, endpoints, library, runner
+from pds import candidates, endpoints, library, origin, runner
 from pds.runner import Row
 
 NEEDED = {"image": str, "prompt": str}
-OPTIONS = (
-    "adapter",
-    "weights",
-    "vision-weights",
-    "image-mode",
-    "dtype",
-    "temperature",
-    "top-p",
-    "seed",
-    "max-new-tokens",
-)
+DECODING = ("temperature", "top-p", "seed", "max-new-tokens")
+OPTIONS = {
+    "base": (*DECODING, "dtype", "adapter", "weights", "vision-weights", "image-mode"),
+    "endpoint": DECODING,
+    "transformers": (*DECODING, "dtype"),
+}
 ROW_BYTES = 3 << 30  # of a 13B model: keys and values of 4,000 tokens
 
 
@@ -71,15 +68,16 @@ def parse_responder(text: str, defaults: list[str]) -> Responder:
     own = dict(options)
     if len(own) < len(options):
         raise SystemExit(f"--responder {text}: an option is there twice")
-    if unknown := [option for option in own if option not in OPTIONS]:
-        raise SystemExit(f"--responder {text}: no option {unknown[0]}; known: {', '.join(OPTIONS)}")
     kind, model = "transformers", where
     if where.startswith("base:"):
         kind, model = "base", where.removeprefix("base:")
     elif where.startswith(("http://", "https://")):
         kind, model = "endpoint", where.partition("#")[2]
         if not model:
-            raise SystemExit(f"--responder {text}: which model of the endpoint? Give {where}#MODEL")
+            raise SystemExit(f"--responder {text}: which model of the endpoint? Give {where.rstrip('#')}#MODEL")
+    if unknown := [option for option in own if option not in OPTIONS[kind]]:
+        known = ", ".join(OPTIONS[kind])
+        raise SystemExit(f"--responder {text}: no option {unknown[0]} for this kind, {kind}; known: {known}")
     p = argparse.ArgumentParser(prog=f"--responder {text}")
     generate.add_model_flags(p)
     generate.add_decoding_flags(p)
@@ -96,13 +94,24 @@ class Base:
     def __init__(self, responder: Responder):
         self.args = responder.args
         self.processor, self.model = generate.load_processor(self.args), generate.load_model(self.args)
+        self.context = tokenizer.context_of(checkpoint.resolve(self.args.base, self.args.weights))
+
+    def prompt(self, row: Row) -> Tensor:
+        """(T,) ids. BadRow if it is too long for the base."""
+        return tokenizer.prompt_of(self.processor, candidates.bare(row["prompt"]), self.context)
+
+    def problem(self, row: Row) -> str | None:
+        """Why a question cannot be asked."""
+        try:
+            self.prompt(row)
+        except BadRow as error:
+            return ": ".join(error.args)
 
     def answer(self, rows: list[Row], images: list[Image.Image]) -> list[Row]:
         args, processor = self.args, self.processor
-        prompts = [torch.tensor(processor.prompt_ids(candidates.bare(row["prompt"]))) for row in rows]
         answers = generate.generate(
             self.model,
-            prompts,
+            [self.prompt(row) for row in rows],
             torch.stack([processor.prepare(image) for image in images]),  # (B, 3, S, S)
             args.max_new_tokens,
             args.temperature,
@@ -124,10 +133,10 @@ def prepare_base(responder: Responder) -> dict:
     """What the settings say of a base; it is fetched if it is not on this machine."""
     args = responder.args
     folder = checkpoint.resolve(args.base, args.weights)
-    weights, _ = tensors.shard_files(folder)
+    about = origin.named_model(responder.model, folder, checkpoint.base_sha256(folder, args.vision_weights))
     if args.adapter:
-        weights = [*weights, *adapter.adapter_files(args.adapter)]
-    return runner.describe_model(responder.model, folder, weights)
+        about["adapter_sha256"] = adapter.adapter_sha256(args.adapter)[:16]
+    return about | {"image_mode": args.image_mode}
 
 
 # ---- models of transformers ----------------------------------------------------------------------------------------
@@ -148,6 +157,12 @@ class Library:
             self.processor.tokenizer.pad_token = self.processor.tokenizer.eos_token
         ends = self.model.generation_config.eos_token_id
         self.ends = set(ends if isinstance(ends, list) else [ends])
+
+    def problem(self, row: Row) -> str | None:
+        """Why a question cannot be asked."""
+        tokens = len(self.processor.tokenizer(row["prompt"])["input_ids"])
+        context = self.model.config.get_text_config().max_position_embeddings
+        return f"prompt too long: {tokens} tokens, the model reads {context}" if tokens >= context else None
 
     @torch.no_grad()
     def answer(self, rows: list[Row], images: list[Image.Image]) -> list[Row]:
@@ -238,7 +253,8 @@ class Answering:
         if self.name != name:
             self.load(name)
         with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter lock
-            images = list(pool.map(self.open, rows))
+            opened = list(pool.map(self.open, rows))
+        images = [self.model.problem(row) or image for row, image in zip(rows, opened, strict=True)]
         good = [(row, image) for row, image in zip(rows, images, strict=True) if not isinstance(image, str)]
         answers = self.model.answer([row for row, _ in good], [image for _, image in good]) if good else []
         left = iter(answers)
@@ -261,6 +277,20 @@ class Answering:
         return [results[runner.row_key(row)] for row in rows]
 
 
+def check_prompts(file: Path, questions: list[Row]) -> None:
+    """SystemExit where a prompt holds no question, or one in the template of some model."""
+    problems = []
+    for row in questions:
+        try:
+            if "error" not in row and not bare_question(row["prompt"]):
+                problems.append(f"id {row['id']}: no question in its prompt")
+        except BadRow as error:
+            problems.append(f"id {row['id']}: {': '.join(error.args)}")
+    if problems:
+        shown = "\n".join(problems[:5])
+        raise SystemExit(f"{file}: {shown}\n{len(problems)} of {len(questions)} questions cannot be asked; correct it.")
+
+
 def expand(questions: list[Row], names: list[str]) -> list[Row]:
     """A row per question and responder. SystemExit if the questions are answers already."""
     if any("responder" in row for row in questions):
@@ -275,7 +305,7 @@ def describe(responder: Responder, args: argparse.Namespace) -> dict:
         about = prepare_base(responder)
     elif responder.kind == "transformers":
         folder = library.find(responder.model, "--responder")
-        about = runner.describe_model(responder.model, folder, sorted(folder.glob("*.safetensors")))
+        about = origin.describe_model(responder.model, folder, library.deciding(folder))
     else:
         about = endpoints.describe(endpoints.from_flags(args, responder.spec.partition("#")[0], responder.model))
     decoding = {name: getattr(own, name) for name in ("temperature", "top_p", "seed", "max_new_tokens", "beams")}
@@ -302,7 +332,10 @@ def main(argv=None) -> None:
     names = [responder.name for responder in responders]
     if len(set(names)) < len(names):
         raise SystemExit(f"--responder: a name is there twice: {', '.join(sorted(names))}")
-    rows = expand(runner.read_inputs(args.input, NEEDED), names)
+    image_root = Path(args.image_root or args.input.parent).resolve()
+    questions = runner.read_inputs(args.input, NEEDED)
+    check_prompts(args.input, questions)
+    rows = expand(origin.with_pictures(questions, lambda row: files.inside(image_root, row["image"])), names)
     settings = {
         "stage": "responses",
         "in": runner.beside(args.input, args.out),
@@ -310,7 +343,6 @@ def main(argv=None) -> None:
         "responders": {responder.name: describe(responder, args) for responder in responders},
         "torch": torch.__version__,
     }
-    image_root = Path(args.image_root or args.input.parent).resolve()
 
     def load() -> runner.Work:
         return runner.Work(Answering(responders, args, image_root), ROW_BYTES)

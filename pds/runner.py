@@ -22,7 +22,6 @@ import fcntl
 import hashlib
 import importlib
 import json
-import math
 import os
 import sys
 from collections import Counter
@@ -36,7 +35,7 @@ import torch
 from external import files
 from external.flags import file_ending, whole
 from external.progress import progress
-from external.terminal import print_any_letter
+from external.terminal import printable, set_up_terminal
 
 INSTALL = "python .ci/install.py pds"
 Row = dict
@@ -63,6 +62,11 @@ def row_key(row: Row) -> Key:
     return str(row["id"]), str(row.get("responder", ""))
 
 
+def is_number(value) -> bool:
+    """Whether it is a number to count with: not NaN, not infinite, not too large for a float, not true or false."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
 def row_problem(row: Row, needed: dict[str, type]) -> str | None:
     """Why a row cannot be used. A row with `error` needs nothing but its id."""
     if not isinstance(row.get("id"), str | int) or isinstance(row["id"], bool):
@@ -77,7 +81,7 @@ def row_problem(row: Row, needed: dict[str, type]) -> str | None:
         if name not in row:
             return f"id {row['id']} has no `{name}`"
         value = row[name]
-        odd = isinstance(value, bool) or isinstance(value, float) and not math.isfinite(value)
+        odd = isinstance(value, int | float) and not is_number(value)
         if odd or not isinstance(value, kind):
             return f"id {row['id']}: `{name}` is {json.dumps(value)[:40]}, which is of the wrong kind"
     return None
@@ -85,8 +89,13 @@ def row_problem(row: Row, needed: dict[str, type]) -> str | None:
 
 def read_inputs(path: Path, needed: dict[str, type]) -> list[Row]:
     """The rows of a stage's input, all checked. SystemExit with file and line of each that cannot be used."""
+    return check_inputs(path, files.read_rows(path), needed)
+
+
+def check_inputs(path: Path, found: list[Row], needed: dict[str, type]) -> list[Row]:
+    """The rows as files.read_rows found them, checked and without `_where`. SystemExit as read_inputs."""
     rows, problems, first_at = [], [], {}
-    for row in files.read_rows(path):
+    for row in found:
         where = row.pop("_where")
         problem = row_problem(row, needed)
         if problem is None and row_key(row) in first_at:
@@ -165,7 +174,7 @@ def read_done(out: Path, inputs: dict[Key, Row], added: set[str]) -> dict[Key, R
         if key in done:
             raise SystemExit(f"{where}: {key[0]} is there twice; delete one of the lines.")
         changed = [name for name in source if name not in added and row.get(name) != source[name]]
-        if changed:
+        if changed and "error" not in row:  # nothing was made of a row that failed: its input may be mended
             raise SystemExit(
                 f"{where}: {key[0]} had another {', '.join(changed)} when it was made. Give another --out, or put "
                 "back the old input."
@@ -275,7 +284,8 @@ def run(
         cut_torn_line(args.out)
         done = read_done(args.out, {row_key(row): row for row in inputs}, added)
         if args.retry_failed:
-            done = {key: row for key, row in done.items() if "error" not in row}
+            again = {row_key(row) for row in chosen}  # no other row: what is taken out here is done below
+            done = {key: row for key, row in done.items() if "error" not in row or key not in again}
             log.replace(list(done.values()))
         files.write_json(settings_file(args.out), settings)
         todo = [row for row in chosen if row_key(row) not in done]
@@ -305,10 +315,11 @@ def report(args: argparse.Namespace, result: Result, dropped: Counter | None = N
         line += f", {passed_on} had failed before"
     if dropped:
         line += "; dropped: " + ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
-    print(line)
+    print(printable(line))
     if result.failed:
         example = next(row for row in result.rows if "error" in row)
-        print(f"such as {example['id']}: {example['error']}\nThe same command with --retry-failed tries them again.")
+        print(printable(f"such as {example['id']}: {example['error']}"))
+        print("The same command with --retry-failed tries them again.")
         sys.exit(1)
 
 
@@ -340,7 +351,7 @@ def add_flags(p: argparse.ArgumentParser) -> None:
 
 
 def check_flags(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    print_any_letter()
+    set_up_terminal()
     if not 0 <= args.shard_index < args.shard_count:
         p.error(f"--shard-index runs from 0 to --shard-count - 1, which is {args.shard_count - 1}")
     files.check_writable(args.out, [args.input] if "input" in args else [])
@@ -357,23 +368,6 @@ def optional(module: str) -> ModuleType:
 def beside(path: Path, out: Path) -> str:
     """How OUT's settings name a file: from OUT's folder, so that both can be moved together."""
     return os.path.relpath(path.resolve(), out.parent.resolve())
-
-
-def describe_model(name: str, folder: Path, weights: list[Path]) -> dict:
-    """Which model it was, for the settings: its name, the hub's revision, and a hash that other weights do not have.
-
-    The hash is over names, sizes and the first and last 64 KiB of the files: a shard of 5 GB is not read whole.
-    """
-    digest = hashlib.sha256()
-    for file in sorted(weights):
-        size = file.stat().st_size
-        with open(file, "rb") as opened:
-            start = opened.read(65536)
-            opened.seek(max(0, size - 65536))
-            digest.update(f"{file.name} {size}".encode() + start + opened.read())
-    from_hub = folder.parent.name == "snapshots"
-    revision = folder.name if from_hub else None
-    return {"model": name, "revision": revision, "weights_sha256": digest.hexdigest()[:16]}
 
 
 def refuse_misfits(where: Path, wanted: dict[str, tuple], found: dict[str, tuple]) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from tests import (  # noqa: F401  each puts its faults into FAULTS
     faults_data,
     faults_endpoint,
+    faults_evaluation,
     faults_files,
     faults_flags,
     faults_more,
@@ -25,6 +26,7 @@ from tests import (  # noqa: F401  each puts its faults into FAULTS
     faults_pictures,
     faults_places,
     faults_resumed,
+    faults_stale,
     faults_weights,
 )
 from tests.faults_bench import FAULTS, Fault, Outcome, make_master, run_one

@@ -180,6 +180,21 @@ def test_a_pipeline_that_brings_code_is_refused(command, tmp_path, index):
         images.main(args)
 
 
+def test_another_out_in_the_same_folder_has_pictures_of_its_own(command):
+    args, out = command
+    images.main(args)
+    before = pixels(out)
+    images.main([*args, "--out", str(out.with_stem("again")), "--seed", "1"])
+    assert all((pixels(out)[name] == picture).all() for name, picture in before.items())
+    assert any((pixels(out.with_stem("again"))[name] != picture).any() for name, picture in before.items())
+
+
+def test_a_size_that_the_pipeline_does_not_paint(command):
+    args, _ = command
+    with pytest.raises(SystemExit, match="does not paint with these flags: .*divisible"):
+        images.main([*args, "--size", "7"])
+
+
 def test_ids_that_would_leave_the_folder_are_refused(command):
     args, out = command
     write(Path(args[0]), [{"id": "../../x", "topic": "a", "caption": "b"}])

@@ -14,6 +14,7 @@ from bases.checkpoint import load_base
 from bases.hub_files import write_llava_files
 from generate import greedy
 from pds import candidates, responses
+from tests import tiny_models
 from tests.llm_server import serve
 from tests.test_pds_rank_images import killed_three_times, write
 from tests.test_pds_runner import read
@@ -81,6 +82,35 @@ def test_a_missing_picture_is_an_error_row(questions, tiny_generators):
     rows = by_responder(out, "a")
     assert "missing image" in rows["art-2"]["error"] and "answer" not in rows["art-2"]
     assert all("answer" in rows[f"art-{i}"] for i in (0, 1, 3))
+
+
+@pytest.mark.parametrize("option", ["?image-mode=crop", ""])
+def test_answers_to_another_picture_or_cut_in_another_way_are_not_kept(questions, tiny_generators, option):
+    file, out = questions
+    spec = f"a=base:{tiny_generators / 'base'}"
+    run(file, "--out", out, "--responder", spec, "--max-new-tokens", 2)
+    Image.new("RGB", (50, 50)).save(file.parent / "1.png")
+    with pytest.raises(SystemExit, match="other settings" if option else "art-1 had another image_sha256"):
+        run(file, "--out", out, "--responder", spec + option, "--max-new-tokens", 2)
+
+
+def test_the_towers_own_weights_are_part_of_what_a_base_is(tmp_path):
+    base = tiny_models.write_original(tiny_models.llava(), tmp_path / "base")
+    tower = tmp_path / "some-clip"
+    responder = responses.parse_responder(f"a=base:{base}?vision-weights={tower}", [])
+    before = responses.prepare_base(responder)
+    state = torch.load(tower / "pytorch_model.bin", weights_only=True)
+    torch.save({name: tensor * 2 for name, tensor in state.items()}, tower / "pytorch_model.bin")
+    assert responses.prepare_base(responder) != before
+
+
+def test_a_prompt_that_is_too_long_is_an_error_row(questions, tiny_generators):
+    file, out = questions
+    rows = [row | {"prompt": "what is it " * 2000} if row["id"] == "art-2" else row for row in read(file)]
+    with pytest.raises(SystemExit):
+        run(write(file, rows), "--out", out, "--responder", f"a=base:{tiny_generators / 'base'}", "--max-new-tokens", 2)
+    failed = [row for row in read(out) if "error" in row]
+    assert [row["id"] for row in failed] == ["art-2"] and "the base reads 4096" in failed[0]["error"]
 
 
 # ---- transformers --------------------------------------------------------------------------------------------------
@@ -229,7 +259,7 @@ def test_three_shards_joined_are_one_run(questions, tiny_generators):
     [
         ("llava", "give NAME=SPEC"),
         ("a=http://host/v1", "which model of the endpoint"),
-        ("a=base:x?colour=red", "no option colour; known: adapter"),
+        ("a=base:x?colour=red", "no option colour for this kind, base; known: .*adapter"),
         ("a=base:/no/such/folder", "no checkpoint folder"),
         ("a=/no/such/folder", "neither a folder with a config.json nor a name on the hub"),
     ],

@@ -365,14 +365,15 @@ def test_a_missing_package_is_a_sentence():
         runner.optional("no_such_package")
 
 
-def test_the_weights_hash_sees_other_weights(tmp_path):
-    file = tmp_path / "snapshots" / "abc123" / "w.pt"
-    file.parent.mkdir(parents=True)
-    file.write_bytes(bytes(200_000))
-    first = runner.describe_model("m", file.parent, [file])
-    assert first["revision"] == "abc123" and first["model"] == "m"
-    file.write_bytes(bytes(199_999) + b"x")
-    assert runner.describe_model("m", file.parent, [file])["weights_sha256"] != first["weights_sha256"]
+def test_a_retry_of_some_rows_keeps_the_others(tmp_path):
+    """--limit with --retry-failed: the failed rows behind the limit stay, and a row whose input was mended is done."""
+    file, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    file.write_text("".join(json.dumps({"id": key, "n": -1}) + "\n" for key in "abc"))
+    with pytest.raises(SystemExit):
+        stage([file, "--out", out])
+    file.write_text("".join(json.dumps({"id": key, "n": n}) + "\n" for key, n in (("a", 3), ("b", -1), ("c", -1))))
+    stage([file, "--out", out, "--retry-failed", "--limit", 1])
+    assert {row["id"]: row.get("square", "failed") for row in read(out)} == {"a": 9, "b": "failed", "c": "failed"}
 
 
 def test_progress_is_told_what_is_left(numbers, monkeypatch):

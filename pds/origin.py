@@ -1,0 +1,50 @@
+"""What rows were made of, told by hashes: which model, which pictures. The same names may stand for others later.
+
+Not from a paper.
+"""
+
+import hashlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from bases import checkpoint
+from external import files
+from external.progress import progress
+from pds.runner import Row
+
+
+def describe_model(name: str, folder: Path, deciding: list[Path]) -> dict:
+    """Which model it was, for the settings: its name, the hub's revision, and one hash over the files that decide."""
+    total = hashlib.sha256()
+    for file in progress(sorted(deciding), f"hashing {folder.name}"):
+        total.update(f"{file.name} {checkpoint.file_sha256(file)}\n".encode())
+    return named_model(name, folder, total.hexdigest())
+
+
+def named_model(name: str, folder: Path, sha256: str) -> dict:
+    from_hub = folder.parent.name == "snapshots"
+    return {"model": name, "revision": folder.name if from_hub else None, "weights_sha256": sha256[:16]}
+
+
+def picture_sha256(path: Path) -> str:
+    return files.file_sha256(path)[:16]
+
+
+def with_pictures(rows: list[Row], picture_of: Callable[[Row], Path | None]) -> list[Row]:
+    """Rows with `image_sha256`: by it a run that is resumed sees that a picture is another one than it was.
+
+    Rows whose picture is not there, or that failed before, stay as they are: the stage says what is wrong with them.
+    """
+
+    def with_picture(row: Row) -> Row:
+        if "error" in row:
+            return row
+        try:
+            path = picture_of(row)
+            return row | {"image_sha256": picture_sha256(path)} if path and path.is_file() else row
+        except (ValueError, OSError):  # outside of the folder, or no name of a file
+            return row
+
+    with ThreadPoolExecutor() as pool:
+        return list(progress(pool.map(with_picture, rows), "pictures", len(rows)))
