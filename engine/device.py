@@ -3,9 +3,10 @@
 import contextlib
 import os
 
-# Rows differ in length, the classic case of a fragmented heap. The allocator reads this when CUDA is first used.
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+# Rows differ in length, the classic case of a fragmented heap. The allocator reads this when CUDA is first used; what
+# the user has set, by this name or by its older one, holds.
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import torch
 from torch import nn
@@ -46,12 +47,17 @@ def autocast_for(weight: torch.Tensor) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
-def compile_blocks(layers: nn.ModuleList) -> None:
-    """One compiled graph for all layers and lengths, in place.
+# A run whose LoRA is still zero has policy = reference and a first loss of 3 ln 2 only if both round alike.
+ROUNDING = {
+    # Else Inductor keeps fused values in float32 where nothing is saved for the backward pass: off by up to 0.046.
+    "emulate_precision_casts": True,
+    # Else it times two block sizes for the sum in a norm, and whether to pad a product, once for the policy's kernel
+    # and once for the reference's: each may take another, and the order of the sum with it.
+    "deterministic": True,
+}
 
-    emulate_precision_casts: without it Inductor keeps fused values in float32 where nothing is saved for the backward
-    pass, so policy and reference round differently, and a run whose LoRA is still zero has a first loss that is not
-    3 ln 2 (off by up to 0.046 in bfloat16).
-    """
+
+def compile_blocks(layers: nn.ModuleList) -> None:
+    """One compiled graph for all layers and lengths, in place."""
     for layer in layers:
-        layer.compile(dynamic=True, options={"emulate_precision_casts": True})
+        layer.compile(dynamic=True, options=ROUNDING)

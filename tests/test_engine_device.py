@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import runpy
 import shutil
 from types import SimpleNamespace
 
@@ -53,6 +54,30 @@ def test_the_tower_computes_in_its_own_dtype_under_autocast():
         with torch.autocast("cpu", torch.bfloat16):
             found = model.image_features(images)
     assert found.dtype == torch.float32 and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("theirs", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_what_the_user_tells_the_allocator_holds(monkeypatch, theirs):
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    monkeypatch.setenv(theirs, "max_split_size_mb:64")
+    runpy.run_path(device.__file__)
+    assert {name for name in os.environ if name.endswith("_ALLOC_CONF")} == {theirs}
+    assert os.environ[theirs] == "max_split_size_mb:64"
+
+
+def test_the_compiler_rounds_as_without_it_and_chooses_nothing_by_the_clock(monkeypatch):
+    """What it would time is chosen once for the policy's kernel and once for the reference's, on a GPU alone."""
+    told = []
+
+    def compile_fx(graph, inputs, config_patches, **_):
+        told.append(config_patches)
+        return graph.forward
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
+    layers = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
+    compile_blocks(layers)
+    layers[0](torch.zeros(1, 2))
+    assert told == [{"emulate_precision_casts": True, "deterministic": True}]
 
 
 def compile_without_option(layers) -> None:
