@@ -12,13 +12,15 @@ Not from a paper. Deviations: none.
 import argparse
 import glob
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
 import pictures
 from bases import checkpoint, tokenizer
@@ -215,6 +217,22 @@ def read_partial(file: Path, questions: dict[str, dict], settings: dict) -> dict
 # ---- command line --------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """`out` is this process's while the body runs. SystemExit if another one writes it: the two might differ."""
+    file = out.with_suffix(".lock")
+    held = FileLock(file)
+    try:
+        held.acquire(timeout=0)
+    except Timeout:
+        raise SystemExit(f"{out}: another process is writing it; wait for it, or give another --out.") from None
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+        held.release()
+
+
 def answer_file(args: argparse.Namespace, source: Source | None = None) -> int:
     """Answers --questions into --out, from where this command, or shards of it, had come; how many are new."""
     for file in (args.out, args.out.with_suffix(".settings.json")):
@@ -226,24 +244,25 @@ def answer_file(args: argparse.Namespace, source: Source | None = None) -> int:
     if args.shard_count > 1:
         out = out.with_stem(f"{out.stem}.{args.shard_index}-of-{args.shard_count}")
         keys, others = keys[args.shard_index :: args.shard_count], []
-    done = {}
-    for file in (out, *others):
-        done |= read_partial(file, questions.rows, settings)
-    todo = [key for key in keys if key not in done]
-    prompts = read_prompts(args, source.processor, questions, todo)
-    files.write_json(out.with_suffix(".settings.json"), settings)
-    files.write_rows(out, list(done.values()))  # without a line that was cut off
-    if todo:
-        with progress(what="answers", total=len(keys), done=len(keys) - len(todo)) as bar:
+    with alone(out):
+        done = {}
+        for file in (out, *others):
+            done |= read_partial(file, questions.rows, settings)
+        todo = [key for key in keys if key not in done]
+        prompts = read_prompts(args, source.processor, questions, todo)
+        files.write_json(out.with_suffix(".settings.json"), settings)
+        files.write_rows(out, list(done.values()))  # without a line that was cut off
+        if todo:
+            with progress(what="answers", total=len(keys), done=len(keys) - len(todo)) as bar:
 
-            def save(rows: list[dict]) -> None:
-                files.append_rows(out, rows)
-                done.update({str(row["id"]): row for row in rows})
-                bar.update(len(rows))
+                def save(rows: list[dict]) -> None:
+                    files.append_rows(out, rows)
+                    done.update({str(row["id"]): row for row in rows})
+                    bar.update(len(rows))
 
-            ask(source.model, source.processor, questions, prompts, args, save)
-    rows = [done[key] for key in keys]
-    files.write_rows(out, rows)  # in the order of the questions, as some scorers want them
+                ask(source.model, source.processor, questions, prompts, args, save)
+        rows = [done[key] for key in keys]
+        files.write_rows(out, rows)  # in the order of the questions, as some scorers want them
     tokens = sum(row["n_tokens"] for row in rows)
     cut = sum(row["finish"] == "length" for row in rows)
     print(

@@ -23,6 +23,7 @@ from pathlib import Path
 from external import files
 from external.endpoint import reply_text
 from external.flags import whole
+from external.terminal import printable
 from pds import endpoints, runner
 from pds.runner import Row
 
@@ -181,6 +182,14 @@ def accept(source: Iterator[tuple[str, int, str]]) -> tuple[list[Row], Counter]:
     return rows, dropped
 
 
+def say_short(rows: list[Row], topics: list[str], per_topic: int) -> None:
+    """Says which topics have fewer prompts than were asked for: a source wrote fewer, or near-duplicates."""
+    counts = Counter(row["topic"] for row in rows)
+    for topic in topics:
+        if counts[topic] < per_topic:
+            print(printable(f"{topic}: {counts[topic]} of {per_topic} prompts; another --seed and --out give more"))
+
+
 # ---- command line --------------------------------------------------------------------------------------------------
 
 
@@ -218,6 +227,8 @@ def main(argv=None) -> None:
         source = from_endpoint(args, topics)
         settings["model"] = args.model
     rows, dropped = accept(source)
+    if not args.file:
+        say_short(rows, topics, args.per_topic)
     result = runner.run(args, rows, settings, set(), lambda: runner.each_row(lambda row: row))
     runner.report(args, result, dropped)
 

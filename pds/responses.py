@@ -218,7 +218,8 @@ def endpoint_work(responder: Responder, args: argparse.Namespace, image_root: Pa
 def with_answer(row: Row, reply: dict) -> Row:
     """The row with the text of a reply. ValueError if it has none."""
     cut = reply["choices"][0].get("finish_reason") == "length"
-    tokens = (reply.get("usage") or {}).get("completion_tokens")
+    usage = reply.get("usage")
+    tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
     return row | {"answer": reply_text(reply).strip(), "finish": "length" if cut else "eos", "n_tokens": tokens}
 
 

@@ -410,3 +410,21 @@ def test_a_part_of_torchruns_variables_is_refused_and_a_world_alone_is_not_torch
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(SystemExit, match="is not as torchrun sets it"):
         answers.parse_args(args)
+
+
+def test_two_processes_do_not_mix_their_answers_in_one_file(asked, monkeypatch):
+    """With other beams, say: the second is refused while the first writes, and can be had when it has ended."""
+    _, args, out = asked
+    second = []
+    generate_batch = answers.generate
+
+    def meanwhile(*batch):
+        with pytest.raises(SystemExit, match="another process is writing it"):
+            answers.main([*args, "--beams", "2"])
+        second.append(1)
+        return generate_batch(*batch)
+
+    monkeypatch.setattr(answers, "generate", meanwhile)
+    answers.main(args)
+    assert second and json.loads(out.with_suffix(".settings.json").read_text())["decoding"] == {"method": "greedy"}
+    assert not out.with_suffix(".lock").exists()

@@ -191,3 +191,11 @@ def test_one_source(tmp_path, flags):
     with pytest.raises(SystemExit) as error:
         run(*flags, "--out", tmp_path / "p.jsonl")
     assert error.value.code == 2
+
+
+def test_a_topic_with_fewer_prompts_than_asked_for_is_named(tmp_path, capsys):
+    """An endpoint that always writes the same: 2 requests, 1 prompt."""
+    flags = ("--model", "m", "--topic", "art", "--per-topic", 40, "--out", tmp_path / "p.jsonl")
+    with serve(answer=lambda body: "A red cat sits on a wooden table") as server:
+        run("--endpoint", server.url, *flags)
+    assert "art: 1 of 40 prompts" in capsys.readouterr().out

@@ -188,6 +188,18 @@ def test_an_endpoint_gets_the_picture_and_the_bare_question(questions):
     assert {row["answer"] for row in read(out)} == {"A red boat.\r\nAnd a tree."}
 
 
+@pytest.mark.parametrize("usage, tokens", [({"completion_tokens": 4}, 4), (3, None), (None, None)])
+def test_a_reply_whose_usage_is_odd_is_an_answer(usage, tokens):
+    """Servers differ in what they count."""
+    reply = {"choices": [{"message": {"content": "A boat. "}, "finish_reason": "length"}], "usage": usage}
+    assert responses.with_answer({"id": 1}, reply) == {
+        "id": 1,
+        "answer": "A boat.",
+        "finish": "length",
+        "n_tokens": tokens,
+    }
+
+
 def test_failures_of_an_endpoint_are_error_rows_and_are_tried_again(questions):
     """4xx, garbage, half a body and no content; 429 and 500 are waited for."""
     file, out = questions
