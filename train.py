@@ -36,12 +36,12 @@ from bases.tokenizer import load_processor
 from data import MAX_LENGTH, Example, PairData, collate
 from engine import distributed
 from engine.batches import batches, plan_steps, workers_watched
-from engine.device import autocast_for, choose_device, compile_blocks, has_flash
+from engine.device import autocast_for, choose_device, compile_blocks, settle_speed
 from engine.memory import Room, find_room
 from engine.run_folder import Run, describe, probe
 from engine.sharding import shard as shard_base
 from external import tracking
-from external.flags import HelpWithDefaults, layer_count, names_of, number, refuse_foreign, whole
+from external.flags import HelpWithDefaults, layer_count, names_of, number, refuse_words, whole
 from formats import hub_data
 from formats.problems import Demands, examine, reasons, usable
 from formats.readers import read_data
@@ -205,6 +205,8 @@ def load_base_and_data(args: argparse.Namespace, device: torch.device) -> tuple[
     _, vision = checkpoint_tensors(folder, args.vision_weights)
     processor = load_processor(folder, read_config(folder, vision))
     if args.bunny_template == "released":
+        if not processor.template.response_blank:
+            raise SystemExit(f"--bunny-template released: {args.base} is no Bunny; leave it out")
         processor.template = dataclasses.replace(processor.template, response_blank=False)
     demands = Demands(
         rejected_image=args.rejected_image,
@@ -263,7 +265,7 @@ def start_run(
     return Run(
         folder=run_folder_of(args),
         settings=describe(vars(args) | {"base_sha256": base_hash}, model, data),
-        plan=plan_steps(data, args.batch, args.epochs, steps, world),
+        plan=plan_steps(data, args.batch, steps, world),
         steps_per_epoch=steps_per_epoch,
         model=model,
         optimizer=optimizer,
@@ -312,7 +314,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 
     g = p.add_argument_group(f"optimisation (defaults of --recipe {recipe})")
     g.add_argument("--lr", type=number(0.0, 1.0, above=True), help="peak learning rate")
-    g.add_argument("--epochs", type=whole(1), help="passes over the pairs")
+    g.add_argument("--epochs", type=whole(1, 10_000), help="passes over the pairs")
     g.add_argument("--batch", type=whole(1), help="pairs per optimiser step")
     g.add_argument("--warmup", type=number(0.0, 1.0), help="share of the steps with rising learning rate")
     g.add_argument("--adam-beta2", type=number(0.0, 0.999999), help="AdamW's second beta")
@@ -321,7 +323,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     g.add_argument("--lora-r", type=whole(1), help="rank of the update")
     g.add_argument("--lora-alpha", type=number(0.0, above=True), help="the update is scaled by alpha / r")
     g.add_argument("--max-steps", type=whole(1), help="stop after this many steps; the schedule ends there too")
-    g.add_argument("--seed", type=whole(0), default=0, help="order of the data, m_l, LoRA's A")
+    g.add_argument("--seed", type=whole(0, 2**32 - 1), default=0, help="order of the data, m_l, LoRA's A")
 
     g = p.add_argument_group("data and machine")
     g.add_argument("--max-length", type=whole(1), default=MAX_LENGTH, help="longest prompt + response, in tokens")
@@ -344,19 +346,12 @@ def parse_args(argv=None) -> argparse.Namespace:
     g.add_argument("--compile", action=yes_no, help="torch.compile the decoder block; with --pack, on Ampere or newer")
     g.add_argument("--checkpointing", type=layer_count, help="recompute none, full or N layers; on CUDA as few as fit")
 
-    refuse_foreign(p, argv)
+    refuse_words(p, argv)
     p.set_defaults(**defaults)
     args = p.parse_args(argv)
-    if args.reference == "cached" and not args.pack:
-        p.error("--reference cached keeps the log-probs of packed rows: add --pack")
-    if args.compile and (args.shard or not cuda):
-        p.error("--compile needs a CUDA device, and a base that is not sharded")
-    if args.shard and args.quant:
-        p.error("--shard and --quant exclude each other")
-    if args.shard and not distributed.under_torchrun():
-        p.error("--shard needs several processes: torchrun --nproc-per-node N train.py ...")
-    args.reference = args.reference or ("cached" if args.pack else "live")
-    args.compile = args.pack and has_flash() and not args.shard if args.compile is None else args.compile
+    if "ancpo" not in args.terms and (args.anchors, args.delta) != (p.get_default("anchors"), p.get_default("delta")):
+        p.error("--anchors and --delta are AncPO's: add ancpo to --terms")
+    settle_speed(p, args)
     if not args.data and args.base != "toy":  # the paper's own run
         args.data = "pds-dpo" if args.recipe == "pds-dpo" else hub_data.DEFAULT
     return args

@@ -18,6 +18,7 @@ from bases.quant import QuantLinear, swap_linears
 from bases.tensors import FLOATING, Stored, check_finite, read_stored, read_tensor, shard_files
 from external import files, hub
 from external.progress import progress
+from external.terminal import count
 from model import LLaVA
 
 SOURCES = {  # base: hub repository, size of the download
@@ -174,7 +175,9 @@ def index_tensors(folder: Path) -> dict[str, Stored]:
     there = {(stored.name, stored.file) for stored in found}
     absent = [name for name, file in listed.items() if (name, file) not in there]
     if absent:
-        raise SystemExit(f"{folder}: in the index but in no file: {len(absent)}, {', '.join(absent[:10])}")
+        raise SystemExit(
+            f"{folder}: in the index but in no file: {count(len(absent), 'tensor')}, {', '.join(absent[:10])}"
+        )
     names = [stored.name for stored in found]
     layout = layout_of(names)
     if layout is None:

@@ -143,6 +143,7 @@ def refuse_variants(c: Fields, t: Fields, v: Fields, feature_layer) -> None:
         ("image start and end tokens", c.get("mm_use_im_start_end"), False),
         ("feature select strategy", c.get("vision_feature_select_strategy"), "default"),
         ("feature select strategy", c.get("mm_vision_select_feature"), "patch"),
+        ("image_aspect_ratio", c.get("image_aspect_ratio"), "pad"),
         ("tied embeddings", t.get("tie_word_embeddings") and c.get("tie_word_embeddings"), False),
     ]
     if t is not c:

@@ -62,7 +62,14 @@ def read_tokenizer(file: Path) -> Tokenizer:
     model = files.read_json(file, dict).get("model")
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict | list):
         raise SystemExit(f"{file}: holds no vocabulary; is it the tokenizers library's file?")
-    return Tokenizer.from_file(str(file))
+    if model.get("dropout"):
+        raise SystemExit(
+            f"{file}: BPE dropout {model['dropout']}: a text would have other ids each time; set it to null"
+        )
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.no_truncation()  # trainers save theirs in the file: here no text is cut or padded unseen
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def misfit(tokenizer: Tokenizer, config: Config | bunny.Config, template: Template) -> str | None:

@@ -178,7 +178,7 @@ class Setting:
     def one_pass(self, clock: Clock) -> float:
         """Seconds of one pass over the data with its m_l."""
         if self.tricks.workers:
-            plan = plan_steps(self.data, STEP, epochs=1, steps=math.ceil(len(self.data) / STEP), world=World())
+            plan = plan_steps(self.data, STEP, steps=math.ceil(len(self.data) / STEP), world=World())
             steps = (examples for _, examples, _ in batches(self.data, plan, 0, self.tricks.workers))
         else:
             steps = [[self.data[(self.epoch, i)] for i in range(len(self.data))]]

@@ -1,5 +1,7 @@
 """A step's examples: which ones, for which process, and prepared before the step needs them."""
 
+import errno
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -22,13 +24,12 @@ def epoch_keys(n: int, epochs: int, seed: int) -> list[tuple[int, int]]:
     return keys
 
 
-def plan_steps(
-    data: PairData, batch: int, epochs: int, steps: int, world: World
-) -> list[tuple[list[tuple[int, int]], int]]:
+def plan_steps(data: PairData, batch: int, steps: int, world: World) -> list[tuple[list[tuple[int, int]], int]]:
     """For each step the (epoch, index) of the examples that this process takes, and how many the step has in all.
 
     Every epoch has its own order; its last batch holds what is left. Several processes share by tokens, not by count.
     """
+    epochs = math.ceil(steps / math.ceil(len(data) / batch))
     keys = epoch_keys(len(data), epochs, data.seed)
     plan, start = [], 0
     for _ in range(steps):
@@ -53,15 +54,27 @@ def batches(data: PairData, plan: list, start: int, workers: int) -> Iterator[tu
         yield step, list(islice(examples, len(step_keys))), size
 
 
+OUTSIDE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)  # what a disk or its owner refuses
+
+
 @contextmanager
 def workers_watched():
-    """Inside, a killed worker process ends the run with a sentence; torch raises it wherever the run is just then."""
+    """Inside, a killed worker process ends the run with a sentence; torch raises it wherever the run is just then.
+
+    So do Ctrl-C outside the loop, and a file or an output that the system refuses.
+    """
     try:
         yield
+    except KeyboardInterrupt:
+        print("Interrupted. What was saved before is whole.", file=sys.stderr)
+        raise SystemExit(130) from None
     except (RuntimeError, OSError, EOFError) as e:
         if "Too many open files" in str(e):
             raise SystemExit("Too many open files: raise the limit (ulimit -n 4096), or lower --workers.") from None
-        if isinstance(e, BrokenPipeError) and nobody_reads():
+        if isinstance(e, OSError) and e.errno in OUTSIDE:
+            place = "standard output" if e.filename is None and output_is_gone() else e.filename
+            raise SystemExit(f"{place}: {e.strerror}.") from None
+        if isinstance(e, BrokenPipeError) and output_is_gone():
             raise SystemExit("Nobody reads the output any more (`| head`?); --resume takes the run up.") from None
         if "DataLoader worker" not in str(e) and not isinstance(e, (ConnectionError, EOFError)):  # its queue is cut
             raise
@@ -71,11 +84,11 @@ def workers_watched():
         ) from None
 
 
-def nobody_reads() -> bool:
-    """Whether it is standard output's reader that has gone; what is still to be printed goes nowhere then."""
+def output_is_gone() -> bool:
+    """Whether it is standard output that has no reader or no room; what is still to be printed goes nowhere then."""
     try:
         print(flush=True)
-    except BrokenPipeError:
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return True
     return False

@@ -1,5 +1,6 @@
 """The device and how it computes: chosen and set up once, the same for training, answering and measuring."""
 
+import argparse
 import contextlib
 import os
 
@@ -10,6 +11,8 @@ if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
 
 import torch
 from torch import nn
+
+from engine.distributed import under_torchrun
 
 CUDA = torch.device("cuda")
 
@@ -61,3 +64,24 @@ def compile_blocks(layers: nn.ModuleList) -> None:
     """One compiled graph for all layers and lengths, in place."""
     for layer in layers:
         layer.compile(dynamic=True, options=ROUNDING)
+
+
+def settle_speed(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends the command where speed flags of train.py exclude each other; sets what they leave open."""
+    padded = not args.pack
+    own_micro_batch = args.micro_batch != parser.get_default("micro_batch")
+    wrong = {
+        "--reference cached keeps the log-probs of packed rows: add --pack": args.reference == "cached" and padded,
+        "--tokens-per-batch is of packed rows: add --pack, or give --micro-batch": args.tokens_per_batch and padded,
+        "--micro-batch is of padded rows: add --no-pack, or give --tokens-per-batch": own_micro_batch and args.pack,
+        "--compile needs a CUDA device": args.compile and not torch.cuda.is_available(),
+        "--compile needs a base that is not sharded": args.compile and args.shard,
+        "--shard and --quant exclude each other": args.shard and args.quant,
+        "--shard needs several processes: torchrun --nproc-per-node N": args.shard and not under_torchrun(),
+    }
+    for reason, is_so in wrong.items():
+        if is_so:
+            parser.error(reason)
+    args.reference = args.reference or ("cached" if args.pack else "live")
+    if args.compile is None:
+        args.compile = args.pack and has_flash() and not args.shard

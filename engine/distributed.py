@@ -66,6 +66,13 @@ class World:
         """Whether something is so on any rank."""
         return any(self.gather(here))
 
+    def agree_on(self, settings: dict) -> None:
+        """SystemExit on every rank unless all have the same; each machine is started by hand, with files of its own."""
+        given = self.gather(settings)
+        differ = sorted(name for name, value in settings.items() if any(other[name] != value for other in given))
+        if differ:
+            raise SystemExit(f"the processes differ in {', '.join(differ)}: give all the same command and files")
+
     def agree(self, room):
         """The smallest micro-batch and the most recomputed layers that any rank needs, on all of them."""
         found = self.gather((room.size, room.decoder.checkpointed))

@@ -10,6 +10,7 @@ import math
 import os
 import platform
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -48,18 +49,21 @@ FREE = SPLIT + "workers out resume save_every track command made weights vision_
 
 def probe(folder: Path, resume: bool) -> None:
     """SystemExit if a run in this folder could not begin, or be resumed; nothing is written."""
+    try:
+        begun = (folder / "args.json").exists()
+        found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    except OSError as e:  # a name that is too long, a folder that may not be looked into
+        raise SystemExit(f"{folder}: {e.strerror}. Give another --out.") from None
     if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
         raise SystemExit(f"{folder}: is a file, or a link to nothing. Give another --out.")
-    begun = (folder / "args.json").exists()
     if resume and not begun:
         raise SystemExit(f"{folder}: no run to resume (no args.json in it). Leave --resume out to begin one.")
     if begun and not resume:
         raise SystemExit(f"{folder}: a run was begun here. Resume it with --resume, or give another --out.")
-    found = {path.name for path in folder.iterdir()} if folder.exists() else set()
     if not begun and found - {".lock", "args.json.part"}:  # these two may be left of a run killed at its very start
         raise SystemExit(f"{folder}: not empty. Give another --out, or remove it; a run never overwrites another.")
     nearest = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    if not os.access(nearest, os.W_OK):
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise SystemExit(f"{nearest}: not writable. Give another --out.")
 
 
@@ -112,13 +116,16 @@ def describe(args: dict, model: nn.Module, data: PairData) -> dict:
 def environment(device: torch.device) -> dict:
     """What the numbers were made with, for args.json."""
     root = Path(__file__).parents[1]
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True)
+    commit = None
+    if shutil.which("git"):
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True)
+        commit = head.stdout.strip() if head.returncode == 0 else None
     packages = ("torch", "safetensors", "tokenizers", "numpy", "pillow")
     return {
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in packages},
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
-        "commit": commit.stdout.strip() if commit.returncode == 0 else None,
+        "commit": commit,
     }
 
 
@@ -143,6 +150,7 @@ class Run:
 
     def __post_init__(self):
         """Begins the run or, with settings["resume"], takes it up after its last whole checkpoint, at `step`."""
+        self.world.agree_on({name: value for name, value in self.settings.items() if name not in FREE})
         self.lock = lock(self.folder) if self.world.main else None
         self.step, self.steps = 0, len(self.plan)
         if self.settings["resume"]:

@@ -12,6 +12,7 @@ A checkpoint is written under another name, put on the disk and renamed: whole o
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -30,8 +31,9 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run folder, oldest first."""
-    return sorted(path for path in folder.glob("checkpoint-*") if path.suffix != ".part")
+    """The checkpoints of a run folder, oldest first; what a user calls checkpoint-best or checkpoint-2.old is none."""
+    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
 def write_checkpoint(folder: Path, step: int, model, optimizer, room: Room, reference) -> Path:

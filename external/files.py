@@ -4,9 +4,13 @@ import errno
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+if sys.flags.optimize:  # said here, where every command comes by
+    raise SystemExit("python -O leaves out checks that this program relies on: run it without -O and PYTHONOPTIMIZE.")
 
 
 def sha256(data: bytes) -> str:
@@ -23,9 +27,14 @@ def file_sha256(file: Path) -> str:
 
 
 def read_text(path: str | Path) -> str:
-    if not Path(path).is_file():
-        raise SystemExit(f"{path}: no such file.")
-    data = Path(path).read_bytes()
+    try:
+        if not Path(path).is_file():
+            raise SystemExit(f"{path}: no such file.")
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise SystemExit(f"{path}: cannot be read ({error.strerror}).") from error
+    if data.startswith(b"version https://git-lfs"):
+        raise SystemExit(f"{path}: a pointer of Git LFS, not the file itself; run `git lfs pull` in its folder.")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

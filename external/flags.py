@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from external.terminal import printable
+
 FOREIGN = {  # flags of TRL and LLaMA-Factory, and what says the same here; differences stand in docs/flags.md
     "--model_name_or_path": "--base",
     "--dataset_name": "--data",
@@ -45,10 +47,15 @@ FOREIGN = {  # flags of TRL and LLaMA-Factory, and what says the same here; diff
 }
 
 
-def refuse_foreign(parser: argparse.ArgumentParser, argv: list[str] | None) -> None:
-    """Ends the command where a flag is another trainer's name for one of ours; `argv` as argparse takes it."""
+def refuse_words(parser: argparse.ArgumentParser, argv: list[str] | None) -> None:
+    """Ends the command where a flag is another trainer's name for one of ours, where a value is empty, as that of an
+    unset shell variable is, or no text; `argv` as argparse takes it."""
     for word in sys.argv[1:] if argv is None else argv:
-        flag = word.partition("=")[0]
+        flag, has_value, value = word.partition("=")
+        if not word or (has_value and not value):
+            parser.error(f"{flag or 'a value'} is empty; a shell variable that is not set?")
+        if any("\ud800" <= c <= "\udfff" for c in word):  # how Python spells bytes that are not UTF-8
+            parser.error(f"{printable(word)}: not UTF-8; rename it")
         ours = FOREIGN.get(f"--{flag[2:].replace('-', '_')}")  # they take both spellings
         if flag.startswith("--") and ours not in (None, flag):
             parser.error(f"{flag}: here {ours} (docs/flags.md)")

@@ -21,7 +21,7 @@ def progress(iterable: Iterable | None = None, what: str = "", total: int | None
     """Counts what an iterable gives, or what `update(n)` is told; `done` of `total` were there before."""
     if total is None and hasattr(iterable, "__len__"):
         total = len(iterable)
-    if sys.stderr.isatty():
+    if sys.stderr and sys.stderr.isatty():  # None where it was closed: 2>&-
         return tqdm(iterable, what, total, initial=done)
     return LogLines(iterable, what, total, done)
 

@@ -107,7 +107,9 @@ def sheet(examples: list[Example], spec: pictures.ImageSpec) -> Image.Image:
 def main(argv=None) -> None:
     p = data_parser(__doc__.split("\n")[0], base_required=True)
     p.add_argument("--rows", type=whole(1), default=3, metavar="N", help="the first N rows (default: %(default)s)")
-    p.add_argument("--seed", type=whole(0), default=0, help="decides m_l, with row and epoch (default: %(default)s)")
+    p.add_argument(
+        "--seed", type=whole(0, 2**32 - 1), default=0, help="decides m_l, with row and epoch (default: %(default)s)"
+    )
     p.add_argument(
         "--out", type=file_ending(".png"), default=Path("show.png"), help="the sheet of pictures (default: %(default)s)"
     )

@@ -209,17 +209,20 @@ def run_settings(args: argparse.Namespace) -> argparse.Namespace:
         settings |= {"weights": None, "vision_weights": None}
     if data != recorded.get("data"):
         settings["image_root"] = None
-    settings |= {"base": base, "data": data, "skip_bad": True, "recorded": bool(recorded)}
+    settings |= {"base": str(base), "data": str(data), "skip_bad": True, "recorded": bool(recorded)}
     for name in ("weights", "vision_weights", "image_root"):
         path = vars(args)[name] or settings[name]
-        settings[name] = Path(path) if path else None
+        settings[name] = Path(str(path)) if path else None
     return argparse.Namespace(**settings)
+
+
+RECORDED = "recipe terms anchors beta delta rejected_image max_length seed dtype quant".split()
 
 
 def as_flags(recorded: dict) -> list[str]:
     """What decides a pair's numbers as train.py's flags, which refuse what an args.json was not written with."""
     flags = []
-    for name in ("recipe", "terms", "anchors", "beta", "delta", "rejected_image", "max_length", "seed"):
+    for name in RECORDED:
         value = recorded.get(name)
         if value is not None:
             text = ",".join(map(str, value)) if isinstance(value, list) else value

@@ -218,7 +218,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2\nsize 4
         (lambda f: (f / "config.json").write_text("[1]"), r"config\.json: holds a list"),
         (lambda f: (f / "model.safetensors.index.json").unlink(), "no weights"),
         (lambda f: (f / "model.safetensors.index.json").write_text("{}"), r"index\.json: weight_map names no tensor"),
-        (lambda f: edit(f, drop="layers.1.mlp"), r"2 tensors of the index are in no file: language_model\.model"),
+        (lambda f: edit(f, drop="layers.1.mlp"), r"in the index but in no file: 2 tensors, language_model\.model"),
         (
             lambda f: edit(f, add={"language_model.model.layers.7.extra": torch.ones(2)}),
             r"1 unexpected: language_model\.model\.layers\.7\.extra",
@@ -235,6 +235,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2\nsize 4
         (lambda f: text(f, head_dim=16), "not a LLaVA-1.5: head_dim"),
         (lambda f: configure(f, vision_feature_layer=[-2, -5]), "not a LLaVA-1.5: several feature layers"),
         (lambda f: configure(f, vision_feature_select_strategy="full"), "not a LLaVA-1.5: feature select strategy"),
+        (lambda f: configure(f, image_aspect_ratio="anyres"), "not a LLaVA-1.5: image_aspect_ratio 'anyres'"),
         (lambda f: configure(f, model_type="qwen2_vl"), r"model_type 'qwen2_vl'; supported: llava"),
     ],
 )

@@ -107,3 +107,20 @@ def test_a_file_that_is_no_tokenizer(base, text, message):
 def test_how_much_a_base_was_taught_to_read(tmp_path, config, tokens):
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert context_of(tmp_path) == tokens
+
+
+def test_truncation_and_padding_that_a_trainer_left_in_the_file_do_nothing(base):
+    """Both cut or filled every text, unseen: with 20 tokens at most even the system text was not whole."""
+    question = "What is in the picture? " * 9
+    whole = load_processor(base, read_config(base)).prompt_ids(question)
+    truncation = {"direction": "Right", "max_length": 20, "strategy": "LongestFirst", "stride": 0}
+    padding = {"strategy": {"Fixed": 50}, "direction": "Right", "pad_to_multiple_of": None}
+    padding |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "<unk>"}
+    edit(base, lambda tokenizer: tokenizer.update(truncation=truncation, padding=padding))
+    assert load_processor(base, read_config(base)).prompt_ids(question) == whole
+
+
+def test_dropout_in_the_tokenizer(base):
+    edit(base, lambda tokenizer: tokenizer["model"].update(dropout=0.1))
+    with pytest.raises(SystemExit, match="tokenizer.json: BPE dropout 0.1"):
+        load_processor(base, read_config(base))

@@ -114,3 +114,14 @@ def test_without_torchrun_no_collective_runs(monkeypatch):
     world.end_epoch(torch.nn.Linear(2, 2), None)
     world.wait()
     assert world.gather(3) == [3] and world.main
+
+
+def test_ranks_that_were_given_different_things_all_end(monkeypatch):
+    """Machines are started by hand, each with its own files: the same data and settings on all, or none trains."""
+    given = [{"lr": 1e-5, "data_sha256": "a", "seed": 0}, {"lr": 1e-5, "data_sha256": "b", "seed": 1}]
+    monkeypatch.setattr(World, "gather", lambda self, value: given)
+    for rank in range(2):
+        with pytest.raises(SystemExit, match="the processes differ in data_sha256, seed: give all the same"):
+            World(rank, 2).agree_on(given[rank])
+    given[1] = given[0]
+    World(0, 2).agree_on(given[0])

@@ -16,8 +16,9 @@ import torch
 from bases.checkpoint import read_config
 from bases.tokenizer import load_processor
 from data import PairData
-from engine import loading
+from engine import batches, loading
 from engine.batches import epoch_keys, workers_watched
+from engine.distributed import World
 from engine.loading import example_bytes, example_loader, fit_shared_memory, free_shared_memory
 from formats.readers import read_pairs
 
@@ -222,6 +223,8 @@ def test_a_reader_that_has_gone_is_not_taken_for_a_killed_worker(monkeypatch, tm
         (RuntimeError("Too many open files. Communication with the workers is no longer possible."), "ulimit -n 4096"),
         (ConnectionResetError(104, "Connection reset by peer"), "prepares pictures was killed"),
         (RuntimeError("DataLoader worker (pid 7) is killed"), "prepares pictures was killed"),
+        (PermissionError(13, "Permission denied", "base/config.json"), "base/config.json: Permission denied"),
+        (OSError(28, "No space left on device", "run/log.jsonl"), "run/log.jsonl: No space left on device"),
     ],
 )
 def test_what_ends_the_workers_ends_in_a_sentence(error, said):
@@ -233,3 +236,34 @@ def test_what_ends_the_workers_ends_in_a_sentence(error, said):
 def test_other_errors_stay_what_they_are(error):
     with pytest.raises(type(error)), workers_watched():
         raise error
+
+
+def test_ctrl_c_outside_the_loop_ends_in_a_sentence(capsys):
+    with pytest.raises(SystemExit) as end, workers_watched():
+        raise KeyboardInterrupt
+    assert end.value.code == 130 and capsys.readouterr().err == "Interrupted. What was saved before is whole.\n"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_an_output_without_room_ends_in_a_sentence():
+    code = "from engine.batches import workers_watched\nwith workers_watched():\n    print('a line', flush=True)\n"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (1, "standard output: No space left on device.\n")
+
+
+class FivePairs(list):
+    seed = 0
+
+
+def test_only_as_many_epochs_are_drawn_as_the_steps_need(monkeypatch):
+    """Five pairs in batches of two are three steps an epoch: the fourth step needs a second epoch, and no third."""
+    asked = []
+
+    def keys(n, epochs, seed):
+        asked.append(epochs)
+        return epoch_keys(n, epochs, seed)
+
+    monkeypatch.setattr(batches, "epoch_keys", keys)
+    plan = batches.plan_steps(FivePairs(range(5)), batch=2, steps=4, world=World())
+    assert asked == [2] and [size for _, size in plan] == [2, 2, 1, 2]

@@ -130,7 +130,7 @@ def test_the_trial_takes_the_largest_micro_batch_of_epoch_0(world, packed):
     largest = memory.with_pixels(data, memory.largest_micro_batch(memory.first_epoch(data, batch), path.split, size))
     trained = [
         micro
-        for _, examples, _ in batches(data, plan_steps(data, batch, 1, 5, World()), start=0, workers=0)
+        for _, examples, _ in batches(data, plan_steps(data, batch, 5, World()), start=0, workers=0)
         for micro in path.split(examples, size)
     ]
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import train
 from engine import state
-from engine.run_folder import Run, lock
+from engine.run_folder import Run, environment, lock
 from external import files
 
 PACKED = ("--pack", "--tokens-per-batch", "300")
@@ -279,6 +279,10 @@ def test_a_folder_that_cannot_be_written_is_found_first(tiny_base, pairs_file, t
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit, match="is a file"):
         train.main(flags(tiny_base, pairs_file, tmp_path / "file"))
+    with pytest.raises(SystemExit, match="file: not writable"):
+        train.main(flags(tiny_base, pairs_file, tmp_path / "file" / "run"))
+    with pytest.raises(SystemExit, match="File name too long. Give another --out"):
+        train.main(flags(tiny_base, pairs_file, tmp_path / ("a" * 300)))
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
     with pytest.raises(SystemExit, match="not writable"):
         train.main(flags(tiny_base, pairs_file, tmp_path / "run"))
@@ -373,3 +377,15 @@ def test_a_whole_line_that_is_no_row_is_named(tiny_base, pairs_file, tmp_path, o
     log.write_text(f"{odd}\n{log.read_text()}")
     with pytest.raises(SystemExit, match="log.jsonl:1: "):
         train.main([*flags(tiny_base, pairs_file, out), "--resume"])
+
+
+def test_a_machine_without_git_trains(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert environment(torch.device("cpu"))["commit"] is None
+
+
+def test_only_our_own_checkpoints_are_taken_and_removed_by_age(tmp_path):
+    """A user's copy never counts as the newest; the millionth step comes after the one before it."""
+    for name in ("checkpoint-999999", "checkpoint-1000000", "checkpoint-best", "checkpoint-000002.old"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in state.checkpoints(tmp_path)] == ["checkpoint-999999", "checkpoint-1000000"]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from test_house import imports_of, source_files
 
 from external import files
 
@@ -92,3 +93,43 @@ def test_who_has_the_old_file_open_keeps_it(tmp_path):
         files.write_text(tmp_path / "a", "new")
         assert reader.read() == "old and long"
     assert (tmp_path / "a").read_text() == "new"
+
+
+def test_python_without_assertions_is_refused_in_one_sentence():
+    done = subprocess.run(
+        [sys.executable, "-OO", "-c", "import external.files"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and done.stderr.startswith("python -O leaves out checks")
+    assert done.stderr.count("\n") == 1
+
+
+def test_every_command_comes_by_that_refusal():
+    """By imports: each file that reads its docstring for --help reaches external.files."""
+    sources = {".".join(file.relative_to(ROOT).with_suffix("").parts): file.read_text() for file in source_files()}
+    arrows = {name: imports_of(text) for name, text in sources.items()}
+    commands = [name for name, text in sources.items() if "__doc__" in text]
+    assert len(commands) > 30
+    for command in commands:
+        reached, left = set(), [command]
+        while left:
+            name = left.pop()
+            if name not in reached:
+                reached.add(name)
+                left += arrows.get(name, ()) or arrows.get(name.rpartition(".")[0], ())
+        assert any(name.startswith("external.files") for name in reached), command
+
+
+def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
+    def refuse(self):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    (tmp_path / "a.json").write_text("[]")
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(SystemExit, match=r"a.json: cannot be read \(Permission denied\)"):
+        files.read_text(tmp_path / "a.json")
+
+
+def test_a_pointer_of_git_lfs_is_told(tmp_path):
+    (tmp_path / "a.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12\n")
+    with pytest.raises(SystemExit, match="a.json: a pointer of Git LFS, .*git lfs pull"):
+        files.read_json(tmp_path / "a.json")

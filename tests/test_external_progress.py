@@ -42,3 +42,8 @@ def test_an_iterable_is_counted_and_quick_work_is_silent(capsys):
 
 def test_clock():
     assert [clock(5), clock(65), clock(3661)] == ["0:05", "1:05", "1:01:01"]
+
+
+def test_without_a_standard_error(monkeypatch):
+    monkeypatch.setattr("sys.stderr", None)  # as after 2>&-
+    assert list(progress([1, 2], "pictures")) == [1, 2]

@@ -109,7 +109,7 @@ def test_a_dpo_run_has_one_term_and_a_crop_to_compare_with(run, tmp_path):
     folder = tmp_path / "dpo"
     shutil.copytree(run / "epoch-1", folder)
     settings = json.loads((run / "args.json").read_text())
-    settings |= {"recipe": "dpo", "terms": ["dpo"], "rejected_image": None}
+    settings |= {"recipe": "dpo", "terms": ["dpo"], "delta": 0.0, "rejected_image": None}
     (folder / "args.json").write_text(json.dumps(settings))
     found = opened("--adapter", folder, "--row", 1)
     numbers = one_pair.pair_numbers(found.model, found.data[found.keys[0]], found.settings)
@@ -188,3 +188,21 @@ def test_control_characters_of_the_data_never_reach_the_terminal(run, pairs_file
     one_pair.main(["--adapter", str(run), "--data", str(pairs_file.parent / "steer.json"), "--row", "1"])
     out = capsys.readouterr().out
     assert "\x1b" not in out and "\x07" not in out and "\u202e" not in out and r"red \x1b[31m" in out
+
+
+@pytest.mark.parametrize("name, value, said", [("quant", "x", "--quant"), ("dtype", "float99", "--dtype")])
+def test_a_setting_that_no_run_has_is_refused(run, tmp_path, name, value, said, capsys):
+    shutil.copytree(run / "epoch-1", tmp_path / "edited")
+    settings = json.loads((run / "args.json").read_text())
+    (tmp_path / "edited" / "args.json").write_text(json.dumps(settings | {name: value}))
+    with pytest.raises(SystemExit):
+        opened("--adapter", tmp_path / "edited", "--row", 1)
+    assert f"argument {said}: invalid choice: '{value}'" in capsys.readouterr().err
+
+
+def test_data_that_is_no_text(run, tmp_path):
+    shutil.copytree(run / "epoch-1", tmp_path / "edited")
+    settings = json.loads((run / "args.json").read_text())
+    (tmp_path / "edited" / "args.json").write_text(json.dumps(settings | {"data": 5}))
+    with pytest.raises(SystemExit, match="5: no such file"):
+        opened("--adapter", tmp_path / "edited", "--row", 1)

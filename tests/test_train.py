@@ -233,11 +233,34 @@ def test_unknown_terms_and_flags_that_exclude_each_other_are_named(capsys):
         ("--batch 0", "--batch"),
         ("--checkpointing all", "all"),
         ("--reference cached --no-pack", "--pack"),
+        ("--tokens-per-batch 99 --no-pack", "--tokens-per-batch"),
+        ("--micro-batch 2 --pack", "--micro-batch"),
+        ("--recipe dpo --delta 1", "add ancpo to --terms"),
+        ("--terms dpo,copo --anchors l", "add ancpo to --terms"),
+        ("--epochs 10001", "--epochs"),
+        ("--seed 4294967296", "--seed"),
+        ("--data=", "--data is empty"),
     ]
     for flags, named in wrong:
         with pytest.raises(SystemExit):
             train.parse_args(["--base", "x", *flags.split()])
         assert named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "value, said", [("", "a value is empty; a shell variable that is not set?"), ("\udcff.json", "not UTF-8")]
+)
+def test_a_value_that_is_empty_or_no_text(value, said, capsys):
+    """`--data "$DATA"` with DATA unset once trained on the paper's own data."""
+    with pytest.raises(SystemExit):
+        train.parse_args(["--base", "x", "--data", value])
+    assert said in capsys.readouterr().err
+
+
+def test_a_template_of_bunnys_on_another_base(tiny_base, pairs_file):
+    flags = ["--base", str(tiny_base), "--data", str(pairs_file), "--bunny-template", "released"]
+    with pytest.raises(SystemExit, match="is no Bunny"):
+        train.load_base_and_data(train.parse_args(flags), torch.device("cpu"))
 
 
 def test_plain_logps_scores_each_triple_with_its_own_picture_and_answer():
