@@ -319,9 +319,12 @@ class LLaVA(nn.Module):
         """(B, T) ids, and (M, N, C) features written over the placeholders in reading order -> (B, T, C)."""
         is_image = input_ids == self.config.image_id  # (B, T)
         x = self.language_model.embed_tokens(input_ids.masked_fill(is_image, 0))  # (B, T, C); the id may be outside V
+        slots = is_image.sum()
         given = 0 if features is None else features.shape[0] * features.shape[1]
-        # asserted on the device: a count that the host reads makes it wait for all that a GPU still has to do
-        torch._assert_async(is_image.sum() == given, f"input_ids has not one placeholder for each of {given} features")
+        if slots.is_cpu:
+            assert slots == given, f"{slots} image placeholders in input_ids, {given} image features"
+        else:  # by the GPU itself: the host would have to wait for all that is still to be computed before this
+            torch._assert_async(slots == given)
         if features is None:
             return x
         return x.masked_scatter(is_image[..., None], features.to(x.dtype))  # (B, T, 1) mask over (B, T, C)
