@@ -18,6 +18,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 import generate
 from bases import checkpoint
+from engine.device import choose_device
 from external.progress import progress
 
 IMAGE, PAD = 32000, 32001  # ids
@@ -96,10 +97,10 @@ def main(argv=None) -> None:
     p.add_argument("--tokens", type=int, default=128, help="tokens a caption")
     p.add_argument("--batch", type=int, default=16, help="captions a batch, ours and theirs")
     p.add_argument("--rounds", type=int, default=3)
-    p.add_argument("--device", default="cpu")
     p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     args = p.parse_args(argv)
-    ours, theirs = models(args.device, getattr(torch, args.dtype))
+    device = choose_device().type
+    ours, theirs = models(device, getattr(torch, args.dtype))
     prompts, images = questions(args.captions)
     sides = {
         "ours": lambda: run_ours(ours, prompts, images, args.batch, args.tokens),
@@ -117,7 +118,7 @@ def main(argv=None) -> None:
             cpu[name].append(time.process_time() - cpu_start)
             print(f"{name}: {wall[name][-1]:.1f} s, CPU {cpu[name][-1]:.1f} s", flush=True)
     print(
-        f"{args.captions} captions of {args.tokens} tokens, batch {args.batch}, {args.device} {args.dtype}, "
+        f"{args.captions} captions of {args.tokens} tokens, batch {args.batch}, {device} {args.dtype}, "
         f"{torch.get_num_threads()} threads"
     )
     for name, runs in wall.items():

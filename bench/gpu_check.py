@@ -38,8 +38,11 @@ def main(argv=None) -> bool:
     machine = torch.cuda.get_device_name() if s.cuda else "CPU: in miniature"
     print(f"{args.section} on {machine}, torch {torch.__version__}", flush=True)
     report = Report(args.section)
-    SECTIONS[args.section](s, report)
-    return report.finish()
+    try:
+        SECTIONS[args.section](s, report)
+    finally:  # a part that breaks off leaves the verdicts of those before it
+        passed = report.finish()
+    return passed
 
 
 if __name__ == "__main__":

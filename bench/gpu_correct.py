@@ -40,11 +40,14 @@ PATHS = [
 
 
 def correct(s: Sizes, report: Report) -> None:
-    paths_against_the_cpu(s, report)
-    first_loss(s, report)
+    """What compiles comes last: it is the likeliest to break off."""
     head_against_float64(s, report)
     if has_flash(s.device):
         flash_against_float64(s, report)
+    first_loss(s, report, compiled=False)
+    paths_against_the_cpu(s, report)
+    if has_flash(s.device):
+        first_loss(s, report, compiled=True)
         compilations(s, report)
     else:
         report.measured("left out without a GPU: flash attention, compiled paths, compilations")
@@ -105,26 +108,25 @@ def paths_against_the_cpu(s: Sizes, report: Report) -> None:
             report.at_most(f"{path.name}, error in plain ones", errors[path.name] / errors["bfloat16 plain"], 1.1)
 
 
-def first_loss(s: Sizes, report: Report) -> None:
+def first_loss(s: Sizes, report: Report, compiled: bool) -> None:
     """B = 0: policy and reference must be equal, so every term is ln 2. And what another packing changes."""
     made = examples(s.wide, 6, s.prompt, s.response)
-    for compiled in [False, True] if has_flash(s.device) else [False]:
-        torch._dynamo.reset()
-        model = adapted_model(s.wide, torch.bfloat16, s.device, zero=True)
-        if compiled:
-            compile_blocks(model.language_model.layers)
-        off = []
-        for part in (made[:2], made[2:]):
-            with torch.no_grad(), lora_disabled(model):
-                reference = score(model, part, packed=True)
-            loss = losses.mdpo_loss(score(model, part, packed=True), reference)
-            off.append((loss - 3 * math.log(2)).abs().max().item())
-        with torch.no_grad():
-            alone = torch.cat([score(model, [example], packed=True).chosen for example in made])  # (B,)
-            together = score(model, made, packed=True).chosen  # (B,)
-        name = "compiled" if compiled else "eager"
-        report.measured(f"{name}: the same answers in another packing differ by {rms(alone - together):.2e} nats RMS")
-        report.at_most(f"{name}, first loss off 3 ln 2", max(off), 1e-3)
+    torch._dynamo.reset()
+    model = adapted_model(s.wide, torch.bfloat16, s.device, zero=True)
+    if compiled:
+        compile_blocks(model.language_model.layers)
+    off = []
+    for part in (made[:2], made[2:]):
+        with torch.no_grad(), lora_disabled(model):
+            reference = score(model, part, packed=True)
+        loss = losses.mdpo_loss(score(model, part, packed=True), reference)
+        off.append((loss - 3 * math.log(2)).abs().max().item())
+    with torch.no_grad():
+        alone = torch.cat([score(model, [example], packed=True).chosen for example in made])  # (B,)
+        together = score(model, made, packed=True).chosen  # (B,)
+    name = "compiled" if compiled else "eager"
+    report.measured(f"{name}: the same answers in another packing differ by {rms(alone - together):.2e} nats RMS")
+    report.at_most(f"{name}, first loss off 3 ln 2", max(off), 1e-3)
 
 
 # ---- parts ---------------------------------------------------------------------------------------------------------

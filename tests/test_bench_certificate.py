@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from bench import certificate
+from bench import certificate, gpu_check
 from tests.test_train import run
 
 ROOT = Path(__file__).parent.parent
@@ -100,3 +100,29 @@ def test_scripts_are_whole(script):
     assert "has not been made" in text or "No call has run" in text
     for module in set(word for line in text.splitlines() for word in line.split() if word.startswith("bench.")):
         assert (ROOT / (module.strip('"').replace(".", "/") + ".py")).exists(), module
+
+
+def test_the_gpu_calls_try_every_row_and_leave_six_files(tmp_path):
+    """With a Python that fails at everything, and with a time-out: `correct` hangs."""
+    python = tmp_path / "python"
+    python.write_text('#!/usr/bin/env bash\necho "PASS $*"\n[[ "$*" = *correct ]] && sleep 60\nexit 3\n')
+    python.chmod(0o755)
+    script = tmp_path / "scripts" / "h200.sh"
+    script.parent.mkdir()
+    script.write_text((ROOT / "scripts" / "h200.sh").read_text().replace("check-correct 210", "check-correct 1"))
+    out = tmp_path / "out"
+    done = subprocess.run(
+        ["bash", str(script), "all", str(python), str(python), str(out)],
+        env=os.environ | {"PYTHON": str(python)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    logs = [f"call-{n}.log" for n in (1, 2, 3)]
+    assert sorted(p.name for p in out.iterdir()) == [*logs, "machine.txt", "status.txt", "verdicts.txt"]
+    first, *others = (out / "status.txt").read_text().splitlines()
+    assert first == "check-correct: exit status 124"
+    assert len(others) == 24 and all(line.endswith("exit status 3") for line in others)
+    printed = "".join((out / log).read_text() for log in logs)
+    for section in gpu_check.SECTIONS:
+        assert f"PASS -m bench.gpu_check {section}\n" in printed

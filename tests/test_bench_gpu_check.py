@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench import gpu_check, gpu_correct
+from bench import gpu_check, gpu_correct, gpu_speed
 from bench.measuring import Report
 from engine import head
 
@@ -47,3 +47,29 @@ def test_bounds_by_hand(capsys):
     report.at_least("b", 1.0, 1.5)
     assert not report.finish()
     assert capsys.readouterr().out == "PASS x: a: 2, at most 2\nFAIL x: b: 1, at least 1.5\n"
+
+
+def test_a_part_that_breaks_off_leaves_the_verdicts_of_those_before_it(monkeypatch, capsys):
+    def broken(s, report):
+        report.at_most("a", 1.0, 2.0)
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setitem(gpu_check.SECTIONS, "kernels", broken)
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        gpu_check.main(["kernels"])
+    assert "PASS kernels: a: 1, at most 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        ("void pytorch_flash::flash_bwd_kernel<Flash_bwd_kernel_traits<128, cutlass::bfloat16_t>>", "attention"),
+        ("triton_red_fused__to_copy__unsafe_view_add_mean_mul_pow_rsqrt_7", "triton"),
+        ("void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_bf16_256x128_32x3_tn_align8>", "matmul"),
+        ("nvjet_tst_128x256_64x4_2x1_v_bz_coopA_TNT", "matmul"),
+        ("Memcpy HtoD (Pinned -> Device)", "copies and indexing"),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<float>>", "other"),
+    ],
+)
+def test_kinds_of_kernels(name, kind):
+    assert gpu_speed.kind_of(name) == kind

@@ -23,11 +23,13 @@ META = torch.device("meta")
 RELEASE = tuple(int(n) for n in torch.__version__.split(".")[:2])
 
 
-def test_cuda_is_chosen_without_cudnn_attention_and_with_expandable_segments(monkeypatch):
+def test_cuda_is_chosen_without_cudnn_attention_or_tf32_and_with_expandable_segments(monkeypatch):
     allowed = []
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", allowed.append)
     assert device.choose_device().type == "cuda" and allowed == [False]
+    assert not torch.backends.cudnn.allow_tf32
     assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
 
 
