@@ -22,6 +22,7 @@ import torch
 import toy
 import train
 from bases import from_scratch
+from external import files
 from pds import analyse, ask, export, images, prompts, rank_images, rank_responses, responses, tiny
 
 WORDS = "a the red blue small tall old boat tree house dog road light wall near under behind with stands shows".split()
@@ -149,6 +150,7 @@ def main(argv=None) -> None:
     out, models = args.out, args.out / "models"
     if out.exists() and not models.is_dir() and (out.is_file() or any(out.iterdir())):
         raise SystemExit(f"{out}: something else is there, not a demo of before. Give another --out, or remove it.")
+    files.check_writable(out / "prompts.jsonl")
     write_models(models)
     with endpoint() as url:
         run_stages(out, models, url)

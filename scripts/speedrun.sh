@@ -17,6 +17,7 @@ BENCHMARKS=${BENCHMARKS:-benchmarks}
 read -ra judge <<< "${JUDGE:-}"
 read -ra more <<< "${TRAIN:-}" # further flags of train.py
 run=$OUT/run
+command -v "$PYTHON" > /dev/null || { echo "$PYTHON: not there; PYTHON=... names one that has the requirements" >&2; exit 1; }
 mkdir -p "$OUT"
 
 part() { # part NAME COMMAND...: runs it and notes how long it took
@@ -32,7 +33,7 @@ if [ "$BASE" = toy ]; then
     world=$OUT/toy-world-0
     base=$world/base
     data=$world/pairs/train.jsonl
-    part download "$PYTHON" -c "import pathlib, toy; toy.make_world(pathlib.Path('$world'), seed=0)"
+    part download "$PYTHON" -c "import pathlib, sys, toy; toy.make_world(pathlib.Path(sys.argv[1]), seed=0)" "$world"
 else
     base=$BASE
     data=mdpo-10k

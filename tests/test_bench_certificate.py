@@ -51,6 +51,7 @@ from tests.toy_world import shrink
 shrink(pytest.MonkeyPatch())
 kind, *rest = sys.argv[1:]
 if kind == "-c":
+    sys.argv = ["-c", *rest[1:]]
     exec(rest[0])
 elif kind == "-m":
     sys.argv = rest
@@ -90,6 +91,17 @@ def test_the_speedrun_names_missing_benchmarks_before_it_downloads_or_trains(tmp
     assert "objhal/synonyms_refine.txt" in done.stderr and "Nothing was started" in done.stderr
     assert "mmhal" not in done.stderr  # no judge: that part is left out
     assert not (tmp_path / "out" / "wall-clock.txt").exists()
+
+
+def test_the_speedrun_without_its_python_and_with_an_odd_folder(tmp_path):
+    settings = dict(BASE="toy", OUT=str(tmp_path / "it's"), PYTHON=str(tmp_path / "none"))
+    command = ["bash", "scripts/speedrun.sh"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True)
+    assert done.returncode == 1 and "PYTHON=... names one" in done.stderr and not (tmp_path / "it's").exists()
+    settings["PYTHON"] = "echo"  # says what it would run: the folder is no part of the code
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True)
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("-c ")]
+    assert line.endswith(f"make_world(pathlib.Path(sys.argv[1]), seed=0) {tmp_path}/it's/toy-world-0")
 
 
 @pytest.mark.parametrize("script", ["speedrun.sh", "h200.sh"])
