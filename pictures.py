@@ -36,7 +36,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # no others: Pillow han
 MAX_PIXELS = 178_956_970  # above this a file is refused as a decompression bomb, as Pillow does by itself
 MAX_SIDE = 8192  # above this a picture is shrunk before it is padded to a square
 Image.MAX_IMAGE_PIXELS = None  # the limit stands in open_image, as an error like all others
-DAMAGED = (UnidentifiedImageError, OSError, SyntaxError, EOFError, struct.error, zlib.error)  # of most broken files
+DAMAGED = (OSError, SyntaxError, EOFError, struct.error, zlib.error)  # of most broken files
 DAMAGED += (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError)  # a decoder may trip over its header
 Rng = np.random.Generator
 
@@ -67,7 +67,8 @@ def open_image(source: Path | bytes) -> Image.Image:
     except FileNotFoundError:
         raise ValueError("missing image") from None
     except DAMAGED as e:
-        raise ValueError(f"broken image ({e})") from None
+        reason = f"none of {', '.join(FORMATS)}" if isinstance(e, UnidentifiedImageError) else e
+        raise ValueError(f"broken image ({reason})") from None
 
 
 def picture_problem(path: Path) -> str | None:

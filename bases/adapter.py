@@ -26,7 +26,9 @@ from external import files
 from lora import add_lora, lora_modules
 
 LAYERS = re.compile(r"^base_model\.model\.(?:language_model\.model|model\.language_model|model)\.layers\.")
-UNSUPPORTED = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
+UNSUPPORTED = "use_dora modules_to_save rank_pattern alpha_pattern fan_in_fan_out layer_replication use_qalora".split()
+UNSUPPORTED += ["alora_invocation_tokens", "arrow_config"]
+CHANGES_THE_BASE = re.compile("pissa|olora|corda|loftq")  # ways to begin that take a part out of the base's weights
 
 
 class Adapter(NamedTuple):
@@ -151,11 +153,16 @@ def read_adapter(folder: Path) -> Adapter:
     weights, config_file = adapter_files(folder)
     config = Fields(files.read_json(config_file, dict), str(config_file))
     unsupported = [key for key in UNSUPPORTED if config.get(key)]
+    if CHANGES_THE_BASE.match(str(config.get("init_lora_weights")).lower()):
+        unsupported.append(f"init_lora_weights {config.get('init_lora_weights')!r} (convert it to plain LoRA)")
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or unsupported:
         raise SystemExit(
             f"{config_file}: only plain LoRA without bias is read here; found {config.get('peft_type')}, "
             f"bias {config.get('bias')}, {', '.join(unsupported) or 'nothing else'}"
         )
+    beside = folder / "non_lora_trainables.bin"  # LLaVA's and Bunny's own training; the mDPO release's is empty
+    if beside.is_file() and read_weights(beside):
+        raise SystemExit(f"{beside}: weights trained beside LoRA, which are not read here; remove it to use LoRA alone")
     tensors = {}
     for key, value in read_weights(weights).items():
         name = LAYERS.sub("language_model.layers.", key).replace(".default.", ".").removesuffix(".weight")

@@ -71,6 +71,8 @@ def workers_watched():
     except (RuntimeError, OSError, EOFError) as e:
         if "Too many open files" in str(e):
             raise SystemExit("Too many open files: raise the limit (ulimit -n 4096), or lower --workers.") from None
+        if "can't allocate memory" in str(e):
+            raise SystemExit("Not enough memory on this machine: take a smaller base, --lora-r or --batch.") from None
         if isinstance(e, OSError) and e.errno in OUTSIDE:
             place = "standard output" if e.filename is None and output_is_gone() else e.filename
             raise SystemExit(f"{place}: {e.strerror}.") from None

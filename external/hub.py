@@ -18,7 +18,7 @@ def download(
     instead.
     """
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.errors import HFValidationError, HTTPError
 
     wanted = {"repo_type": repo_type, "allow_patterns": list(patterns), "revision": revision}
     try:
@@ -34,6 +34,8 @@ def download(
             ) from None
         print(f"{repository} at {folder.name[:8]}: from the cache, the hub cannot be reached ({type(e).__name__})")
         return folder
+    except HFValidationError as e:
+        raise SystemExit(f"{repository}: neither a file nor a name that the hub can have ({e})") from None
     announce(repository, patterns, repo_type, info)
     try:
         return Path(snapshot_download(repository, **wanted))

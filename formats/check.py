@@ -24,6 +24,7 @@ from formats.problems import TOO_LONG, Examined, rows_in, too_few
 EXTREME_ASPECT = 5.0  # longer side over shorter; padding to a square then fills four fifths of what the model sees
 FOREIGN_TEMPLATE = re.compile(
     r"\[/?INST\]|<\|(im_start|im_end|user|assistant|system|start_header_id|eot_id|end)\|>|<(start|end)_of_turn>"
+    r"|<(video|audio|ImageHere)>|<\|(image_pad|vision_start|vision_end)\|>"
     r"|^\s*(USER|ASSISTANT|Human|Assistant|Question):|^#+ ?(Human|Instruction|Response|Assistant)\b|<image_\d+>",
     re.MULTILINE,
 )

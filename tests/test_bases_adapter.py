@@ -266,3 +266,33 @@ def test_a_save_that_goes_wrong_leaves_the_old_file(ours, tmp_path, monkeypatch)
     with pytest.raises(AssertionError, match="read back"):
         save_adapter(ours, tmp_path, "b")
     assert (tmp_path / "adapter_model.safetensors").read_bytes() == old
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("layer_replication", [[0, 2]]),
+        ("use_qalora", True),
+        ("alora_invocation_tokens", [1, 2]),
+        ("init_lora_weights", "pissa_niter_4"),
+        ("init_lora_weights", "olora"),
+    ],
+)
+def test_what_would_mean_another_function_is_refused(ours, folder, tmp_path, name, value):
+    """Its tensors fit: only the config says that they stand beside another base, or are used otherwise."""
+    fill(add_lora(ours, r=4))
+    save_adapter(ours, tmp_path, "b")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {name: value}))
+    with pytest.raises(SystemExit, match=f"only plain LoRA .* {name}"):
+        load_adapter(load_model(folder), tmp_path)
+
+
+def test_weights_trained_beside_lora_are_refused_and_an_empty_file_of_them_is_not(ours, folder, tmp_path):
+    fill(add_lora(ours, r=4))
+    save_adapter(ours, tmp_path, str(folder))
+    torch.save({}, tmp_path / "non_lora_trainables.bin")
+    load_adapter(load_model(folder), tmp_path)
+    torch.save({"model.mm_projector.0.weight": torch.zeros(2, 2)}, tmp_path / "non_lora_trainables.bin")
+    with pytest.raises(SystemExit, match="non_lora_trainables.bin: weights trained beside LoRA"):
+        load_adapter(load_model(folder), tmp_path)

@@ -223,6 +223,7 @@ def test_a_reader_that_has_gone_is_not_taken_for_a_killed_worker(monkeypatch, tm
         (RuntimeError("Too many open files. Communication with the workers is no longer possible."), "ulimit -n 4096"),
         (ConnectionResetError(104, "Connection reset by peer"), "prepares pictures was killed"),
         (RuntimeError("DataLoader worker (pid 7) is killed"), "prepares pictures was killed"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "Not enough memory on this machine"),
         (PermissionError(13, "Permission denied", "base/config.json"), "base/config.json: Permission denied"),
         (OSError(28, "No space left on device", "run/log.jsonl"), "run/log.jsonl: No space left on device"),
     ],

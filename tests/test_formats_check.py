@@ -208,6 +208,8 @@ def test_recipes_are_those_of_training():
         "<|im_start|>user\nWhat?<|im_end|>",
         "USER: <image>\nWhat?",
         "### Human: What?",
+        "<video>What?",
+        "<|vision_start|><|image_pad|><|vision_end|>What?",
         "<|start_header_id|>user<|end_header_id|>What?",
         "Hm.\nASSISTANT: yes. What?",
     ],

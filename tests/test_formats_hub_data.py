@@ -127,6 +127,12 @@ def test_offline_and_not_cached_is_one_sentence(name, cache):
     assert not cache.exists()
 
 
+@pytest.mark.parametrize("name", ["a..b/c", "a--b/c", "a" * 100 + "/b"])
+def test_a_name_that_the_hub_cannot_have(name, cache):
+    with pytest.raises(SystemExit, match="neither a file nor a name that the hub can have"):
+        read_pairs(name)
+
+
 @pytest.mark.parametrize("pack, archive", [(zipped, "merged.zip"), (tarred, "merged.tar.gz")], ids=["zip", "tar.gz"])
 def test_mdpo_10k_is_joined_by_file_stem(pack, archive, cache, capsys):
     put(cache, "fwnlp/mDPO-preference-data", {"vlfeedback_llava_10k.json": json.dumps(MDPO).encode()})

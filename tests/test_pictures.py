@@ -381,3 +381,9 @@ def test_released_crop_is_the_libraries_resized_crop():
         expected = functional.resized_crop(pictures.normalise(x, CLIP), top, left, h, w, [112, 112], antialias=False)
         cropped = pictures.crop_released(x, np.random.default_rng(seed))
         torch.testing.assert_close(pictures.normalise(cropped, CLIP), expected, atol=1e-5, rtol=0)
+
+
+def test_a_format_that_is_not_read_is_told_by_those_that_are():
+    heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
+    with pytest.raises(ValueError, match=r"broken image \(none of JPEG, PNG, WEBP, GIF, BMP, TIFF\)"):
+        pictures.open_image(heic)

@@ -238,6 +238,8 @@ def test_unknown_terms_and_flags_that_exclude_each_other_are_named(capsys):
         ("--recipe dpo --delta 1", "add ancpo to --terms"),
         ("--terms dpo,copo --anchors l", "add ancpo to --terms"),
         ("--epochs 10001", "--epochs"),
+        ("--workers 257", "--workers"),
+        ("--lora-r 65537", "--lora-r"),
         ("--seed 4294967296", "--seed"),
         ("--data=", "--data is empty"),
     ]
