@@ -33,8 +33,8 @@ def choose_device() -> torch.device:
 
 def send(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     """x on the device, without waiting for it: CUDA copies what is pinned while the host goes on."""
-    if device.type == "cuda":
-        x = x.pin_memory()
+    if device.type == "cuda" and not x.is_cuda:
+        x = x.pin_memory()  # itself, if it is already
     return x.to(device, non_blocking=True)
 
 

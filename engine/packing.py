@@ -83,7 +83,7 @@ class Pictures:
 
     def to(self, device: torch.device) -> "Pictures":
         """One by one, each from the pinned memory it was prepared in; a stack of them would not be pinned."""
-        return Pictures([normalised(image, self.spec, device) for image in self.images], None, self.known)
+        return Pictures([normalised(send(x, device), self.spec, device) for x in self.images], None, self.known)
 
     def features(self, model) -> Tensor | None:
         """(M, N, C) for policy and reference alike; None where there are no pictures."""

@@ -161,6 +161,7 @@ def on_meta(monkeypatch):
 @pytest.mark.parametrize("reference", ["live", "cached"])
 def test_a_micro_batch_makes_the_host_wait_nowhere(on_meta, reference):
     parameters = add_lora(on_meta, r=4, alpha=8)
+    on_meta.language_model.checkpointed = 1  # of two layers
     path = train.fast_path(on_meta, compiled=False, reference=reference)
     made = examples(SMALL, n=3, prompt=8, response=6)
     for epoch in (0, 1, 1):  # all is new, m_l alone is, nothing is
