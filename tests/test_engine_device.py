@@ -8,14 +8,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import generate
 import losses
 import train
+from bases.tensors import Stored, read_tensor
 from bench.measuring import examples
 from engine import device, packing
 from engine.device import compile_blocks
-from lora import add_lora, lora_disabled
+from lora import add_lora, lora_disabled, lora_modules
 from model import Config, LLaVA, VisionConfig, causal
 
 SMALL = Config(VisionConfig(16, 3, 2, 24, image_size=28), vocab=64, width=64, layers=2, heads=2, kv_heads=2, ffn=96)
@@ -56,6 +59,25 @@ def test_the_tower_computes_in_its_own_dtype_under_autocast():
         with torch.autocast("cpu", torch.bfloat16):
             found = model.image_features(images)
     assert found.dtype == torch.float32 and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_answers_read_the_adapter_in_the_dtype_of_the_base(monkeypatch, dtype):
+    """As autocast reads it in training: float32 products beside bfloat16 ones are most of a decoding step on a GPU."""
+    base = LLaVA(SMALL).to(getattr(torch, dtype))
+    monkeypatch.setattr(generate.checkpoint, "load_base", lambda *_: (base, None))
+    monkeypatch.setattr(generate, "load_adapter", lambda model, folder: add_lora(model, r=4, alpha=8))
+    args = SimpleNamespace(base="b", weights=None, vision_weights=None, dtype=dtype, device="cpu", adapter="a")
+    model = generate.load_model(args)
+    found = [(m.lora_A.dtype, m.lora_B.dtype) for m in lora_modules(model).values()]
+    assert found == ([] if dtype == "float32" else [(torch.bfloat16, torch.bfloat16)] * 14)  # 7 linears in 2 layers
+
+
+@pytest.mark.parametrize("cuda", [True, False])
+def test_one_kernel_updates_the_whole_adapter_on_cuda(monkeypatch, cuda):
+    monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, **settings: settings)
+    settings = train.make_optimizer([SimpleNamespace(is_cuda=cuda)], lr=1e-5, beta2=0.98, weight_decay=0.05)
+    assert settings["fused"] == cuda
 
 
 @pytest.mark.parametrize("theirs", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
@@ -156,6 +178,14 @@ def on_meta(monkeypatch):
     monkeypatch.setattr(flash, "varlen_attn", lambda q, k, v, *_, window_size: q + k.sum(0) + v.sum(0))
     monkeypatch.setattr(packing, "attention", lambda row, model: packing.VarlenAttention(row.spans, META))
     return LLaVA(SMALL).to(META)
+
+
+def test_weights_are_cast_where_they_go(tmp_path):
+    """A copy that the host waits for is cast before it is sent, by the CPU."""
+    save_file({"w": torch.zeros(2, 3)}, tmp_path / "w.safetensors")
+    with CopiesToMeta() as copies:
+        found = read_tensor(Stored(tmp_path / "w.safetensors", "w", (2, 3), "F32"), torch.bfloat16, META)
+    assert found.dtype == torch.bfloat16 and copies.goes_on == [True]
 
 
 @pytest.mark.parametrize("reference", ["live", "cached"])
