@@ -19,7 +19,7 @@ from bench.measuring import examples
 from engine import device, packing
 from engine.device import compile_blocks
 from lora import add_lora, lora_disabled, lora_modules
-from model import Config, LLaVA, VisionConfig, causal
+from model import Config, LLaVA, RMSNorm, VisionConfig, causal
 
 SMALL = Config(VisionConfig(16, 3, 2, 24, image_size=28), vocab=64, width=64, layers=2, heads=2, kv_heads=2, ffn=96)
 META = torch.device("meta")
@@ -98,7 +98,7 @@ def test_the_compiler_rounds_as_without_it_and_chooses_nothing_by_the_clock(monk
         return graph.forward
 
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
-    layers = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
+    layers = torch.nn.ModuleList([RMSNorm(2, eps=1e-5)])
     compile_blocks(layers)
     layers[0](torch.zeros(1, 2))
     assert told == [{"emulate_precision_casts": True, "deterministic": True}]
