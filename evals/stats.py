@@ -210,6 +210,22 @@ def compare_parts(parts_a: list[Part], parts_b: list[Part]) -> dict:
     return compared
 
 
+MADE = ("template", "decoding", "max_new_tokens", "image_mode", "dtype")  # of `generation`: what else moves a score
+
+
+def other_making(a: dict, b: dict) -> list[str]:
+    """What two results differ in beside the model: their difference shows that too."""
+    found = []
+    if a["protocol"] != b["protocol"]:
+        found.append(f"A is {a['protocol']}, B is {b['protocol']}")
+    made_a, made_b = a["generation"], b["generation"]
+    if isinstance(made_a, dict) and isinstance(made_b, dict):
+        for name in MADE:
+            if made_a.get(name) != made_b.get(name):
+                found.append(f"A was made with {name} {made_a.get(name)}, B with {made_b.get(name)}")
+    return [f"{difference}: B - A shows that too" for difference in found]
+
+
 def report(scored: list[tuple[dict, list[Part]]], json_path: str | None) -> None:
     """The table for the terminal and the JSON file, of one result or of the comparison of two."""
     for result, _ in scored:
@@ -217,7 +233,9 @@ def report(scored: list[tuple[dict, list[Part]]], json_path: str | None) -> None
     written = scored[0][0]
     if len(scored) == 2:
         (a, parts_a), (b, parts_b) = scored
-        written = {"a": a, "b": b, "compare": compare_parts(parts_a, parts_b)}
+        written = {"a": a, "b": b, "compare": compare_parts(parts_a, parts_b), "warnings": other_making(a, b)}
+        for warning in written["warnings"]:
+            print(f"warning: {warning}")
         for name, row in written["compare"].items():
             both = f"A {show(row['a'])}  B {show(row['b'])}  B - A {show(row['difference'])}"
             print(f"{name:32s} {both}   {show_interval(row['interval'])}")

@@ -23,6 +23,7 @@ from external.progress import progress
 KEY_VARIABLE = "OPENAI_API_KEY"
 SHORTEST_KEY = 8  # a shorter one might be an ordinary word of a reply, which must not be changed
 LARGEST_REPLY = 16 * 2**20  # bytes
+MOST_PARALLEL = 1024  # requests at once
 
 
 class Endpoint(NamedTuple):
@@ -43,7 +44,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     seconds = number(0, above=True)
     parser.add_argument("--tries", type=whole(1), default=8, help="attempts per reply before the run ends (default 8)")
     parser.add_argument("--timeout", type=seconds, default=120.0, help="seconds for one attempt, in all (default 120)")
-    parser.add_argument("--parallel", type=whole(1), default=4, help="requests at once (default 4)")
+    parser.add_argument("--parallel", type=whole(1, MOST_PARALLEL), default=4, help="requests at once (default 4)")
 
 
 def from_flags(args: argparse.Namespace, url: str | None, model: str | None) -> Endpoint:

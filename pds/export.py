@@ -21,7 +21,7 @@ from pathlib import Path
 import pictures
 from external import files
 from external.flags import number, whole
-from external.terminal import set_up_terminal
+from external.terminal import count, printable, set_up_terminal
 from pds import card, origin, runner
 from pds.candidates import Export, Rules, bare, by_question, choose, without_echo
 from pds.runner import Row
@@ -83,6 +83,15 @@ def balanced_order(pairs: list[Row], topics: dict[str, str], seed: int) -> list[
     for place in range(max(map(len, by_topic.values()), default=0)):
         ordered += [by_topic[name][place] for name in sorted(by_topic) if place < len(by_topic[name])]
     return ordered
+
+
+def say_fewer(rows: list[Row]) -> None:
+    """Says which questions have answers of fewer responders than the others: a shard may be missing."""
+    counts = {key: len(answers) for key, answers in by_question(rows).items()}
+    most = max(counts.values())
+    fewer = [key for key, n in counts.items() if n < most]
+    if fewer:
+        print(printable(f"{count(len(fewer), 'question')} with fewer than {most} answers, such as {fewer[0]}"))
 
 
 # ---- pictures ------------------------------------------------------------------------------------------------------
@@ -177,6 +186,7 @@ def main(argv=None) -> None:
     readme = card.text(args, export, topics)
     copy_pictures(export.pairs, root, args.out)
     write(args, export, topics, readme)
+    say_fewer(rows)
     print(f"answers that were no candidates: {card.listed(export.dropped_answers)}")
     pairs, questions = len(export.pairs), len(topics)
     print(f"{args.out}: {pairs} pairs of {questions} questions; dropped: {card.listed(export.dropped_pairs)}")

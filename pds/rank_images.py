@@ -28,6 +28,7 @@ from PIL import Image
 import pictures
 from external import files
 from external.flags import file_ending, number, whole
+from external.terminal import count, printable
 from pds import clip_score, imagereward, origin, runner
 from pds.runner import Row
 
@@ -82,6 +83,15 @@ def best_images(
     if gone:
         dropped["drop-lowest"] = len(gone)
     return [row for row in best if row["id"] not in gone], dropped
+
+
+def say_fewer(rows: list[Row], scorer: str) -> None:
+    """Says which prompts had fewer pictures to choose from than the others: a shard or a retry may be missing."""
+    counts = {prompt: len(ranked(own, scorer)) for prompt, own in by_prompt(rows).items()}
+    most = max(counts.values(), default=0)
+    fewer = [prompt for prompt, n in counts.items() if n < most]
+    if fewer:
+        print(printable(f"{count(len(fewer), 'prompt')} with fewer than {most} pictures, such as {fewer[0]}"))
 
 
 # ---- scoring (equation 6) ------------------------------------------------------------------------------------------
@@ -246,7 +256,8 @@ def main(argv=None) -> None:
         files.write_rows(args.best, best)
         chosen_by = {"best_by": args.scorer[0], "min_score": args.min_score, "drop_lowest": args.drop_lowest}
         files.write_json(runner.settings_file(args.best), settings | chosen_by)
-        print(f"{args.best}: {len(best)} prompts with their best picture by {args.scorer[0]}")
+        print(f"{args.best}: {count(len(best), 'prompt')} with their best picture by {args.scorer[0]}")
+        say_fewer(result.rows, args.scorer[0])
     runner.report(args, result, dropped)
 
 

@@ -113,3 +113,20 @@ def test_a_result_says_when_most_answers_were_cut_off(cut, warned):
     result = stats.header("s 1", "p", [], rows)
     assert ([f"{10 * cut} % of the answers were cut off" in w for w in result["warnings"]] == [True]) is warned
     assert result["not_comparable"] == result["warnings"]
+
+
+def test_a_difference_that_is_not_the_models_alone_is_warned_of(tmp_path, capsys):
+    """Another judge, or other beams: B - A shows that too."""
+    part = mean_part([0, 1], [1.0, 3.0])
+    results = []
+    for beams, protocol in ((1, "MMHal-Bench, judge m"), (3, "MMHal-Bench, judge n")):
+        (tmp_path / "a.jsonl").write_text("{}")
+        result = stats.header("s", protocol, [str(tmp_path / "a.jsonl")], [{"answer": "x"}])
+        result["generation"] = {"decoding": {"beams": beams}, "base": f"base {beams}", "dtype": "float32"}
+        results.append((result | stats.summary(part), [part]))
+    stats.report(results, None)
+    out = capsys.readouterr().out
+    assert "A is MMHal-Bench, judge m, B is MMHal-Bench, judge n: B - A shows that too" in out
+    assert "A was made with decoding {'beams': 1}, B with {'beams': 3}" in out
+    assert "base 1, B with" not in out  # another base is what is compared
+    assert stats.other_making(results[0][0], results[0][0]) == []

@@ -55,6 +55,13 @@ def test_the_pairs(file, tmp_path, capsys):
     assert "answers that were no candidates: 2 empty" in out and "art-5: images/art-5.png: missing image" in out
 
 
+def test_a_question_with_fewer_answers_is_named(file, tmp_path, capsys):
+    """The shard of a responder is missing: 2 answers of 3 are left of one question."""
+    rows = [row for row in read(file) if (row["id"], row["responder"]) != ("school-1", "b")]
+    export.main([str(write(file, rows)), "--out", str(tmp_path / "set")])
+    assert "1 question with fewer than 3 answers, such as school-1" in capsys.readouterr().out
+
+
 def test_both_layouts_are_read_back_as_the_same_pairs(file, tmp_path):
     """Line ends inside an answer survive: the release writes one answer a line, and reads a \\r back as a new one."""
     export.main([str(file), "--out", str(tmp_path / "set")])

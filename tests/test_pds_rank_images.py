@@ -85,6 +85,14 @@ def test_a_failed_candidate_is_no_candidate():
     assert best == [] and dropped == {"no picture": 1}
 
 
+def test_a_prompt_with_fewer_pictures_is_named(capsys):
+    rows = scored("art-1", 0.1, 0.7, 0.3, 0.2) + scored("art-2", 0.1, 0.7, 0.3, 0.2)[:2]
+    rank_images.say_fewer(rows, "r")
+    assert capsys.readouterr().out == "1 prompt with fewer than 4 pictures, such as art-2\n"
+    rank_images.say_fewer(rows[:4], "r")
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize("mode, kept", [("RGBA", "RGBA"), ("P", "P"), ("L", "RGB"), ("RGB", "RGB")])
 def test_a_picture_reaches_the_scorers_as_it_was_saved(tmp_path, mode, kept):
     """Transparency and palettes are resized before they are RGB, as both official scorers do."""
