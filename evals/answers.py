@@ -180,6 +180,8 @@ def check_settings(file: Path, beside: Path, old: dict, settings: dict) -> None:
         made = f"{shown} {was!r} ({beside.name}), this run has {now!r}"
         if was == now:
             made = f"other {shown} under the same name ({name} in {beside.name})"
+        if name == "pictures_sha256":  # of all of them together
+            made = f"other pictures, or questions about more or fewer of them ({name} in {beside.name})"
         raise SystemExit(f"{file} was made with {made}. Give the same settings, or another --out.")
 
 

@@ -101,6 +101,12 @@ def inside(root: Path, path: str) -> Path:
 # ---- writing -------------------------------------------------------------------------------------------------------
 
 
+def refuse_special(path: Path) -> None:
+    """SystemExit for a pipe or a device: the first may be waited for in vain, and no file must replace the second."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise SystemExit(f"{path}: cannot be written (it is a pipe or a device); give the name of a file.")
+
+
 @contextmanager
 def whole(path: str | Path) -> Iterator[Path]:
     """Yields a file beside `path` to write; it becomes `path` at the end, or is removed if the body fails.
@@ -114,6 +120,7 @@ def whole(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     part = path.with_name(f"{path.name}.part")
     try:
+        refuse_special(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         part.touch()
         mode = part.stat().st_mode
@@ -142,6 +149,7 @@ def check_writable(path: str | Path, reads: Iterable[str | Path | None] = ()) ->
         raise SystemExit(f"{path}: is read by this command and would be overwritten; give another name.")
     part = Path(f"{path}.part")
     try:
+        refuse_special(Path(path))
         part.parent.mkdir(parents=True, exist_ok=True)
         if Path(path).is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))

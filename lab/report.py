@@ -68,7 +68,8 @@ def results(run: Path) -> dict[str, dict]:
         if file.is_file() and column.file not in found:
             found[column.file] = files.read_json(file, dict)
     for name, result in found.items():
-        if not RESULT <= result.keys() or not is_numbers(result["metrics"]) or not are_generations(result):
+        right = RESULT <= result.keys() and is_numbers(result["metrics"]) and are_generations(result)
+        if not right or not are_texts(result["warnings"]) or not are_texts(result.get("not_comparable", [])):
             raise SystemExit(f"{run / name}: not the result of one answer file (a --compare result?); score it again")
         if is_stale(run, result):
             reason = "answers of another adapter than the one that is in the run now; answer and score again"
@@ -97,7 +98,13 @@ def is_stale(run: Path, result: dict) -> bool:
 
 def is_numbers(metrics) -> bool:
     """Whether it is {name: a number, or None where there is none}."""
-    return isinstance(metrics, dict) and all(isinstance(value, float | int | None) for value in metrics.values())
+    if not isinstance(metrics, dict):
+        return False
+    return all(value is None or type(value) in (int, float) and abs(value) < 1e9 for value in metrics.values())
+
+
+def are_texts(values) -> bool:
+    return isinstance(values, list) and all(isinstance(text, str) for text in values)
 
 
 def cell(found: dict[str, dict], column: Column, footnotes: dict[str, str]) -> str:
@@ -141,10 +148,10 @@ def table(runs: list[Path]) -> str:
     for run in runs:
         found = results(run)
         rows.append([printable(str(run)).replace("|", "\\|"), *(cell(found, column, footnotes) for column in COLUMNS)])
-        below += [f"- {note}" for note in notes(run, found)]
+        below += [f"- {printable(note)}" for note in notes(run, found)]
     for name, numbers in PAPER:
         rows.append([f"{name} (the paper's)", *numbers.split(), "-", "-"])  # it does not report POPE
-    marked = [f"({mark}) not comparable with the paper's: {reason}" for reason, mark in footnotes.items()]
+    marked = [f"({mark}) not comparable with the paper's: {printable(reason)}" for reason, mark in footnotes.items()]
     return markdown(rows) + "\n\n" + "".join(f"{line}\n" for line in marked + below)
 
 

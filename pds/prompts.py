@@ -198,7 +198,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     p.add_argument("--file", type=Path, help="prompts of your own: a text file, or JSON rows {caption, topic}")
     p.add_argument("--grammar", action="store_true", help="a local grammar, which needs nothing")
     p.add_argument("--topic", action="append", help="repeatable (default: the ten of the paper); of --file's rows: one")
-    p.add_argument("--per-topic", type=whole(1, 100_000), default=100, help="prompts of each topic (default 100)")
+    p.add_argument("--per-topic", type=whole(1, 20_000), default=100, help="prompts of each topic (default 100)")
     p.add_argument("--seed", type=int, default=0, help="of the grammar, and sent to the endpoint (default 0)")
     endpoints.add_flags(p)
     runner.add_flags(p)

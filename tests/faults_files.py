@@ -71,7 +71,7 @@ def base_exchanged(bench: Bench) -> Outcome:
 def pictures_exchanged(bench: Bench) -> Outcome:
     answered(bench)
     Image.new("RGB", (30, 30), "blue").save(bench.folder / "pairs" / "0.png")
-    return refused(bench.ask(), "other pictures under the same name")
+    return refused(bench.ask(), "other pictures, or")
 
 
 @fault("0.5", ANSWERS, "the same base, spelled otherwise")

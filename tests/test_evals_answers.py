@@ -263,7 +263,7 @@ def test_answers_about_replaced_pictures_are_not_resumed(asked, tmp_path):
         shutil.copy(tmp_path / f"{i}.png", copy)
     answers.main([*args, "--image-root", str(copy)])  # the same pictures elsewhere
     Image.new("RGB", (30, 40), (1, 2, 3)).save(copy / "2.png")
-    with pytest.raises(SystemExit, match="made with other pictures under the same name"):
+    with pytest.raises(SystemExit, match="made with other pictures, or questions about more or fewer of them"):
         answers.main([*args, "--image-root", str(copy)])
 
 

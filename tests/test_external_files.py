@@ -133,3 +133,14 @@ def test_a_pointer_of_git_lfs_is_told(tmp_path):
     (tmp_path / "a.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12\n")
     with pytest.raises(SystemExit, match="a.json: a pointer of Git LFS, .*git lfs pull"):
         files.read_json(tmp_path / "a.json")
+
+
+def test_a_pipe_or_a_device_is_no_place_for_a_result(tmp_path):
+    """A pipe without a reader is waited for in vain; a file that took /dev/null's name would break the machine."""
+    os.mkfifo(tmp_path / "pipe.json")
+    for place in (tmp_path / "pipe.json", Path("/dev/null")):
+        with pytest.raises(SystemExit, match=f"{place}: cannot be written .it is a pipe or a device"):
+            files.check_writable(place)
+    with pytest.raises(SystemExit, match="pipe.json: cannot be written .it is a pipe or a device"):
+        files.write_text(tmp_path / "pipe.json", "text")
+    assert (tmp_path / "pipe.json").is_fifo() and not Path("/dev/null").is_file()

@@ -209,3 +209,19 @@ def test_a_result_of_an_earlier_adapter_is_marked(tmp_path):
         text = report.table([run])
         assert row_of(text, str(run))[8] == expected
         assert ("answers of another adapter" in text) == (expected != "50.0")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"warnings": 3}, {"not_comparable": [3]}, {"metrics": {"accuracy": float("nan")}}, {"metrics": {"f1": 10**400}}],
+)
+def test_an_edited_result_is_refused_by_name(tmp_path, change):
+    run = write_run(tmp_path / "run", pope=result("POPE", accuracy=0.5) | change)
+    with pytest.raises(SystemExit, match="eval_pope.json: not the result of one answer file"):
+        report.table([run])
+
+
+def test_control_characters_of_a_result_do_not_reach_the_terminal(tmp_path):
+    odd = result("POPE \x1b[2J", accuracy=0.5) | {"not_comparable": ["b\x1b[2J"]}
+    text = report.table([write_run(tmp_path / "run", pope=odd)])
+    assert "\x1b" not in text and "POPE \\x1b[2J" in text
