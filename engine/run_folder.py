@@ -183,6 +183,8 @@ class Run:
                     raise SystemExit(f"{path}:{number}: no row of this log; remove the line")
                 if row["step"] < self.step:
                     rows.append(row)
+        if [row["step"] for row in rows] != list(range(self.step)):
+            print(f"{path}: note: it has not one row for each of the {count(self.step, 'step')} that are done")
         files.write_rows(path, rows)
         self.log_file = open(path, "a", encoding="utf-8")
 

@@ -156,6 +156,10 @@ def conversations(row: dict) -> Fields:
             systems.append(messages.pop(0)["value"])
         if len(messages) != 2:
             raise BadRow(NOT_ONE_TURN, f"{len(messages)} turns in {column}")
+        for message, wanted in zip(messages, ("question", "answer"), strict=True):
+            speaker = message.get("from")
+            if speaker is not None and ROLES.get(speaker) != wanted:
+                raise BadRow(NOT_ONE_TURN, f"the {wanted} in {column} is from {speaker!r}")
         turns.append([message["value"] for message in messages])
     (question, chosen), (other_question, rejected) = turns
     if question != other_question:

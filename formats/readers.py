@@ -265,9 +265,7 @@ def place(image: str | bytes | None, root: Path, joined: dict[str, Path] | None)
         return joined[image]
     try:
         return files.inside(root, image)
-    except (OSError, RuntimeError) as e:  # a loop of links
-        raise BadRow("image path cannot be followed", f"{image}: {e}") from None
     except ValueError as e:
-        if "\0" in image:
-            raise BadRow("image path cannot be followed", f"{image}: it holds a NUL") from None
-        raise BadRow("image path leaves the image folder", str(e)) from None
+        if "is not inside" in str(e):
+            raise BadRow("image path leaves the image folder", str(e)) from None
+        raise BadRow("image path cannot be followed", f"{image}: {e}") from None  # a loop of links, a NUL

@@ -136,6 +136,16 @@ def test_a_torn_log_line_is_dropped(undisturbed, tiny_base, pairs_file, tmp_path
     assert_equal_to_the_bit(whole, out)
 
 
+def test_a_log_that_lost_rows_is_said(undisturbed, tiny_base, pairs_file, tmp_path, capsys):
+    out = undisturbed().rename(tmp_path / "run")  # where its settings say that it is
+    train.main([*flags(tiny_base, pairs_file, out), "--resume"])
+    assert "not one row for each" not in capsys.readouterr().out
+    lines = (out / "log.jsonl").read_text().splitlines(keepends=True)
+    (out / "log.jsonl").write_text("".join(lines[1:]))
+    train.main([*flags(tiny_base, pairs_file, out), "--resume"])
+    assert "log.jsonl: note: it has not one row for each of the" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("damage", ["torn weights", "torn json", "no json"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
     undisturbed, tiny_base, pairs_file, tmp_path, capsys, damage

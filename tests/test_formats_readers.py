@@ -234,6 +234,15 @@ def test_several_turns_and_different_questions(tmp_path):
     ]
 
 
+def test_answer_and_question_the_wrong_way_round(tmp_path):
+    """The answer was once trained as the question, with exit status 0."""
+    turns = [{"from": "human", "value": Q}, {"from": "gpt", "value": Y_W}]
+    row = {"image": "a.png", "conversations": turns[::-1], "rejected_conversations": turns}
+    _, (problem,) = read_pairs(write(tmp_path, [row]))
+    assert problem.reason == "not one question and one answer"
+    assert problem.detail == "the question in conversations is from 'gpt'"
+
+
 def test_ties_are_left_out_and_counted(tmp_path, capsys):
     def rated(*ratings):
         answers = [{"response": f"r{i}", "annotations": rating(*r)} for i, r in enumerate(ratings)]
