@@ -68,11 +68,9 @@ def results(run: Path) -> dict[str, dict]:
         if file.is_file() and column.file not in found:
             found[column.file] = files.read_json(file, dict)
     for name, result in found.items():
-        right = RESULT <= result.keys() and is_numbers(result["metrics"]) and are_generations(result)
-        if not right or not are_texts(result["warnings"]) or not are_texts(result.get("not_comparable", [])):
+        if not is_result(result):
             raise SystemExit(f"{run / name}: not the result of one answer file (a --compare result?); score it again")
-        if is_stale(run, result):
-            reason = "answers of another adapter than the one that is in the run now; answer and score again"
+        for reason in changed_since(run, result):
             result["not_comparable"] = [*result.get("not_comparable", []), reason]
             result["warnings"].append(reason)
     return found
@@ -88,12 +86,31 @@ def are_generations(result: dict) -> bool:
     return all(isinstance(own, dict) and GENERATION <= own.keys() for own in generations(result))
 
 
-def is_stale(run: Path, result: dict) -> bool:
-    """Whether the run's adapter is not the one that answered: trained on, say, after it was scored."""
-    if not (run / "adapter_config.json").is_file():
-        return False
-    now = adapter_sha256(run)
-    return any(own.get("adapter_sha256", now) != now for own in generations(result))
+def changed_since(run: Path, result: dict) -> list[str]:
+    """What is another one now than when the result was made: the run's adapter, trained on, say; an answers file."""
+    reasons = []
+    now = adapter_sha256(run) if (run / "adapter_config.json").is_file() else None
+    if now and any(own.get("adapter_sha256", now) != now for own in generations(result)):
+        reasons.append("answers of another adapter than the one that is in the run now; answer and score again")
+    for answers in result.get("answers", []):
+        file = Path(answers["path"])
+        if file.is_file() and files.file_sha256(file) != answers["sha256"]:
+            reasons.append(f"{file} has changed since; score it again")
+    return reasons
+
+
+def is_result(result: dict) -> bool:
+    """Whether a file holds what a scorer writes, as far as it is shown here."""
+    answers = result.get("answers", [])
+    return (
+        RESULT <= result.keys()
+        and is_numbers(result["metrics"])
+        and are_generations(result)
+        and are_texts(result["warnings"])
+        and are_texts(result.get("not_comparable", []))
+        and isinstance(answers, list)
+        and all(isinstance(own, dict) and are_texts([own.get("path"), own.get("sha256")]) for own in answers)
+    )
 
 
 def is_numbers(metrics) -> bool:

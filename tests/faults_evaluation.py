@@ -7,7 +7,7 @@ from pathlib import Path
 from unittest import mock
 
 import generate
-from evals import amber, mmhal, pope, questions, table1
+from evals import amber, answers, mmhal, pope, questions, table1
 from lab import report
 from tests.faults_bench import Bench, Ended, Outcome, call, change_json, fault, holds, refused, used, worst
 from tests.faults_endpoint import judge, rating
@@ -260,3 +260,38 @@ def stale_result(bench: Bench) -> Outcome:
     fresh = holds(before.status == 0 and "another adapter" not in before.text, "not marked", before.text[-200:])
     (run / "eval_pope.json").write_text(json.dumps(result | {"generation": 3}))
     return worst({"fresh": fresh, "after": after, "odd": refused(call(report.main, run, "--table"), "eval_pope.json")})
+
+
+@fault("E14", SECTION, "--out and --json that are pipes; a second evals.answers with other beams while one writes")
+def places(bench: Bench) -> Outcome:
+    pipe = bench.folder / "pipe.jsonl"
+    os.mkfifo(pipe)
+    outcomes = {"answers": refused(bench.ask("--out", pipe), "pipe.jsonl", "pipe or a device")}
+    outcomes["--json"] = refused(score(bench, lines(SAID), "--json", pipe), "pipe.jsonl", "pipe or a device")
+    generate_batch, second = answers.generate, []
+
+    def meanwhile(*batch):
+        if not second:
+            second.append(None)
+            second[0] = bench.ask("--beams", 2)
+        return generate_batch(*batch)
+
+    with mock.patch.object(answers, "generate", meanwhile):
+        outcomes["first"] = used(bench.ask(), "3 of them new")
+    return worst(outcomes | {"second": refused(second[0], "another process is writing it")})
+
+
+@fault("E15", SECTION, "--compare of two judges, and of two decodings: said beside the difference")
+def compared(bench: Bench) -> Outcome:
+    first, second = (bench.write(name, lines(SAID)) for name in ("a.jsonl", "b.jsonl"))
+    for file, beams in ((first, 1), (second, 3)):
+        file.with_suffix(".settings.json").write_text(json.dumps({"decoding": {"beams": beams}}))
+    ended = call(pope.main, "--compare", first, second, "--labels", bench.data(LABELS, "labels.jsonl"))
+    reviews = [bench.write(f"{name}.json", json.dumps([reply("Rating: 4", "stop")] * 96)) for name in "ab"]
+    reviews[1].write_text(reviews[1].read_text().replace('"m"', '"n"'))
+    judges = call(mmhal.main, "--compare", *reviews)
+    both = {
+        "decoding": used(ended, "B - A shows that too", "decoding"),
+        "judge": used(judges, "judge m, B is", "judge n"),
+    }
+    return worst(both)

@@ -185,3 +185,20 @@ def odd_sources(bench: Bench) -> Outcome:
     shown = call(analyse.main, write(bench, scored))
     outcomes["ESC"] = Outcome("BUG", "raw on the terminal") if "\x1b" in shown.text else used(shown, "\\x1b[2J")
     return worst(outcomes)
+
+
+@fault("P18", SECTION, "OUT that is a pipe; fewer answers, pictures and prompts than asked for: said")
+def fewer(bench: Bench) -> Outcome:
+    os.mkfifo(bench.folder / "pipe.jsonl")
+    outcomes = {"pipe": refused(respond(bench, "--out", bench.folder / "pipe.jsonl"), "pipe or a device")}
+    rows = [row | {"image": "1.png"} for row in ANSWERS]
+    more = [row | {"id": "b", "answer": f"{row['answer']} Or not."} for row in rows] + [rows[0] | {"responder": "z"}]
+    ended = call(export.main, write(bench, rows + more), "--out", bench.out)
+    outcomes["answers"] = used(ended, "1 question with fewer than 3 answers, such as b")
+    tiny.write_imagereward(bench.folder / "judge")
+    pictures = write(bench, [*CANDIDATES, CANDIDATES[0] | {"id": "b/g5", "prompt_id": "b"}], "pictures.jsonl")
+    flags = ("--out", bench.folder / "s.jsonl", "--best", bench.folder / "b.jsonl")
+    ended = call(rank_images.main, pictures, *flags, "--imagereward", bench.folder / "judge")
+    outcomes["pictures"] = used(ended, "1 prompt with fewer than 2 pictures, such as b")
+    ended = call(prompts.main, "--grammar", "--topic", "art", "--per-topic", 3000, "--out", bench.folder / "p.jsonl")
+    return worst(outcomes | {"prompts": used(ended, "of 3000 prompts")})

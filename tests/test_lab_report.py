@@ -7,6 +7,7 @@ import pytest
 
 from bases.adapter import adapter_sha256
 from evals import pope
+from external import files
 from lab import report
 
 
@@ -213,7 +214,13 @@ def test_a_result_of_an_earlier_adapter_is_marked(tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"warnings": 3}, {"not_comparable": [3]}, {"metrics": {"accuracy": float("nan")}}, {"metrics": {"f1": 10**400}}],
+    [
+        {"warnings": 3},
+        {"answers": [3]},
+        {"not_comparable": [3]},
+        {"metrics": {"accuracy": float("nan")}},
+        {"metrics": {"f1": 10**400}},
+    ],
 )
 def test_an_edited_result_is_refused_by_name(tmp_path, change):
     run = write_run(tmp_path / "run", pope=result("POPE", accuracy=0.5) | change)
@@ -225,3 +232,14 @@ def test_control_characters_of_a_result_do_not_reach_the_terminal(tmp_path):
     odd = result("POPE \x1b[2J", accuracy=0.5) | {"not_comparable": ["b\x1b[2J"]}
     text = report.table([write_run(tmp_path / "run", pope=odd)])
     assert "\x1b" not in text and "POPE \\x1b[2J" in text
+
+
+def test_a_result_whose_answers_have_changed_is_marked(tmp_path):
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text("{}")
+    scored = result("POPE", accuracy=0.5) | {"answers": [{"path": str(answers), "sha256": files.file_sha256(answers)}]}
+    run = write_run(tmp_path / "run", pope=scored)
+    assert row_of(report.table([run]), str(run))[8] == "50.0"
+    answers.write_text("{} ")
+    text = report.table([run])
+    assert row_of(text, str(run))[8] == "50.0 (a)" and "answers.jsonl has changed since; score it again" in text
