@@ -118,8 +118,8 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     inputs = []
     for row in runner.read_inputs(args.input, NEEDED):
-        kept = {name: row[name] for name in ("id", "topic", "caption", "image", "error") if name in row}
-        inputs.append(kept)
+        kept = ("id", "topic", "caption", "image", "image_sha256", "error")
+        inputs.append({name: row[name] for name in kept if name in row})
     made_by, load = source_of(args, {str(row["id"]) for row in inputs})
     settings = {"stage": "ask", "in": runner.beside(args.input, args.out), "seed": args.seed} | made_by
     result = runner.run(args, inputs, settings, {"prompt", "error"}, load)

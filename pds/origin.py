@@ -35,6 +35,7 @@ def with_pictures(rows: list[Row], picture_of: Callable[[Row], Path | None]) -> 
     """Rows with `image_sha256`: by it a run that is resumed sees that a picture is another one than it was.
 
     Rows whose picture is not there, or that failed before, stay as they are: the stage says what is wrong with them.
+    SystemExit where an earlier stage gave a row the hash of another picture.
     """
 
     def with_picture(row: Row) -> Row:
@@ -47,4 +48,11 @@ def with_pictures(rows: list[Row], picture_of: Callable[[Row], Path | None]) -> 
             return row
 
     with ThreadPoolExecutor() as pool:
-        return list(progress(pool.map(with_picture, rows), "pictures", len(rows)))
+        found = list(progress(pool.map(with_picture, rows), "pictures", len(rows)))
+    for row, now in zip(rows, found, strict=True):
+        if row.get("image_sha256", now.get("image_sha256")) != now.get("image_sha256"):
+            raise SystemExit(
+                f"id {row['id']}: {row['image']} is another picture than the one that its row was made of. Put it "
+                "back, or run the earlier stages again with another --out."
+            )
+    return found

@@ -76,8 +76,8 @@ def best_images(
         elif min_score is not None and order[0]["scores"][scorer] < min_score:
             dropped["min-score"] += 1
         else:
-            kept = {name: order[0][name] for name in ("topic", "caption", "image", "guidance", "scores")}
-            best.append({"id": prompt} | kept)
+            kept = ("topic", "caption", "image", "image_sha256", "guidance", "scores")
+            best.append({"id": prompt} | {name: order[0][name] for name in kept if name in order[0]})
     lowest = sorted(best, key=lambda row: (row["scores"][scorer], row["id"]))[: int(len(best) * drop_lowest / 100)]
     gone = {row["id"] for row in lowest}
     if gone:

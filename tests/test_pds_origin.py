@@ -1,5 +1,6 @@
 """Hashes by which a stage sees that a model or a picture is another one than it was."""
 
+import pytest
 from PIL import Image
 
 from external import files
@@ -24,3 +25,12 @@ def test_rows_get_the_hash_of_a_picture_that_is_there(tmp_path):
     found = origin.with_pictures(rows, lambda row: files.inside(tmp_path, row["image"]))
     sha256 = files.sha256((tmp_path / "a.png").read_bytes())
     assert found == [rows[0] | {"image_sha256": sha256[:16]}, *rows[1:]]
+
+
+def test_a_picture_that_is_not_the_earlier_stages_is_refused(tmp_path):
+    """Scores of one picture must not stand beside answers about another."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    rows = origin.with_pictures([{"id": 1, "image": "a.png"}], lambda row: tmp_path / row["image"])
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    with pytest.raises(SystemExit, match="id 1: a.png is another picture than the one that its row was made of"):
+        origin.with_pictures(rows, lambda row: tmp_path / row["image"])
