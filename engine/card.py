@@ -30,7 +30,7 @@ NAMES = {"dpo": "L_DPO", "copo": "L_CoPO (mDPO)", "ancpo": "L_AncPO (mDPO)"}
 def model_card(base: str, settings: dict, rows: list[dict]) -> str:
     """`rows` of log.jsonl: the first, the middle and the last are shown."""
     steps = []
-    for row in (rows[0], rows[len(rows) // 2], rows[-1]):
+    for row in (rows[0], rows[len(rows) // 2], rows[-1]) if rows else ():
         margin, chosen = row["rewards/margins"], row["rewards/chosen"]
         accuracy = row["rewards/accuracies"]
         steps.append(f"| {row['step']} | {row['loss']:.4f} | {margin:.4f} | {chosen:.4f} | {accuracy:.2f} |")

@@ -64,7 +64,7 @@ def probe(folder: Path, resume: bool) -> None:
         raise SystemExit(f"{folder}: not empty. Give another --out, or remove it; a run never overwrites another.")
     nearest = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise SystemExit(f"{nearest}: not writable. Give another --out.")
+        raise SystemExit(f"{folder}: {nearest} is not a writable folder. Give another --out.")
 
 
 def lock(folder: Path) -> FileLock:
@@ -176,10 +176,10 @@ class Run:
         path = self.folder / "log.jsonl"
         rows = []
         if path.exists():
-            complete = path.read_text(encoding="utf-8").split("\n")[:-1]  # a last line may be torn
+            complete = files.read_text(path).split("\n")[:-1]  # a last line may be torn
             for number, text in enumerate(complete, 1):
                 row = files.parse_json(text, f"{path}:{number}")
-                if not isinstance(row, dict) or "step" not in row:
+                if not isinstance(row, dict) or type(row.get("step")) is not int or "rewards/margins" not in row:
                     raise SystemExit(f"{path}:{number}: no row of this log; remove the line")
                 if row["step"] < self.step:
                     rows.append(row)

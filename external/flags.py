@@ -50,10 +50,15 @@ FOREIGN = {  # flags of TRL and LLaMA-Factory, and what says the same here; diff
 def refuse_words(parser: argparse.ArgumentParser, argv: list[str] | None) -> None:
     """Ends the command where a flag is another trainer's name for one of ours, where a value is empty, as that of an
     unset shell variable is, or no text; `argv` as argparse takes it."""
-    for word in sys.argv[1:] if argv is None else argv:
+    words = sys.argv[1:] if argv is None else argv
+    for before, word in zip(["", *words], words, strict=False):
         flag, has_value, value = word.partition("=")
         if not word or (has_value and not value):
-            parser.error(f"{flag or 'a value'} is empty; a shell variable that is not set?")
+            parser.error(f"{flag or before} is empty; a shell variable that is not set?")
+        if (value or word).startswith("~"):
+            parser.error(
+                f"{printable(word)}: the shell has left the ~ in it; write the folder in full, or --flag ~/..."
+            )
         if any("\ud800" <= c <= "\udfff" for c in word):  # how Python spells bytes that are not UTF-8
             parser.error(f"{printable(word)}: not UTF-8; rename it")
         ours = FOREIGN.get(f"--{flag[2:].replace('-', '_')}")  # they take both spellings

@@ -144,6 +144,11 @@ def test_a_log_that_lost_rows_is_said(undisturbed, tiny_base, pairs_file, tmp_pa
     (out / "log.jsonl").write_text("".join(lines[1:]))
     train.main([*flags(tiny_base, pairs_file, out), "--resume"])
     assert "log.jsonl: note: it has not one row for each of the" in capsys.readouterr().out
+    (out / "log.jsonl").unlink()  # a run that ended, and no row for its card
+    train.main([*flags(tiny_base, pairs_file, out), "--resume"])
+    (out / "log.jsonl").write_bytes(b"\xff\n")
+    with pytest.raises(SystemExit, match="log.jsonl:1: not UTF-8"):
+        train.main([*flags(tiny_base, pairs_file, out), "--resume"])
 
 
 @pytest.mark.parametrize("damage", ["torn weights", "torn json", "no json"])
@@ -289,12 +294,12 @@ def test_a_folder_that_cannot_be_written_is_found_first(tiny_base, pairs_file, t
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit, match="is a file"):
         train.main(flags(tiny_base, pairs_file, tmp_path / "file"))
-    with pytest.raises(SystemExit, match="file: not writable"):
+    with pytest.raises(SystemExit, match="file/run: .*file is not a writable folder"):
         train.main(flags(tiny_base, pairs_file, tmp_path / "file" / "run"))
     with pytest.raises(SystemExit, match="File name too long. Give another --out"):
         train.main(flags(tiny_base, pairs_file, tmp_path / ("a" * 300)))
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
-    with pytest.raises(SystemExit, match="not writable"):
+    with pytest.raises(SystemExit, match="is not a writable folder"):
         train.main(flags(tiny_base, pairs_file, tmp_path / "run"))
 
 
@@ -376,7 +381,7 @@ def test_a_folder_that_cannot_be_made_ends_in_a_sentence(tmp_path):
         lock(tmp_path / "file" / "run")
 
 
-@pytest.mark.parametrize("odd", ["garbage}", "[1]", '{"loss": 1}'])
+@pytest.mark.parametrize("odd", ["garbage}", "[1]", '{"loss": 1}', '{"step": "x"}', '{"step": 0}'])
 def test_a_whole_line_that_is_no_row_is_named(tiny_base, pairs_file, tmp_path, odd):
     out = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):

@@ -250,7 +250,8 @@ def test_unknown_terms_and_flags_that_exclude_each_other_are_named(capsys):
 
 
 @pytest.mark.parametrize(
-    "value, said", [("", "a value is empty; a shell variable that is not set?"), ("\udcff.json", "not UTF-8")]
+    "value, said",
+    [("", "--data is empty; a shell variable that is not set?"), ("\udcff.json", "not UTF-8"), ("~/a.json", "the ~")],
 )
 def test_a_value_that_is_empty_or_no_text(value, said, capsys):
     """`--data "$DATA"` with DATA unset once trained on the paper's own data."""
