@@ -122,6 +122,7 @@ def check_amber(folder: Path, data: Path) -> None:
         for name, value in theirs["printed"].items():
             check(f"amber {mode}: printed {name}", table[name.lower()], value)
     args = argparse.Namespace(partial=True, yes_no="exact", tagger=None, no_tagger=False, similarity="exact")
+    args.data = data / "amber"
     data = (annotations, relation, safe)
     result, _ = amber.score([str(folder / "discriminative.json")], data, None, similarity["exact"], args)
     ours_of = {"Descriminative": "overall", "Exsitence": "existence"}

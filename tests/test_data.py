@@ -209,7 +209,7 @@ def test_cut_long_cuts_responses_only_and_counts(capsys):
         usable(examine("f.json", [long, PAIRS[1]], [], PROCESSOR, Demands(max_length=limit)), skip_bad=False)
     found = examine("f.json", [long, PAIRS[1]], [], PROCESSOR, Demands(max_length=limit, cut_long=True))
     pairs = usable(found, skip_bad=False)
-    assert len(pairs) == 2 and "1 of 2 rows have a response too long" in capsys.readouterr().out
+    assert len(pairs) == 2 and "a response too long for --max-length in 1 of 2 rows" in capsys.readouterr().out
     example = PairData(pairs, PROCESSOR, max_length=limit)[0, 0]
     assert example.prompt.tolist() == PROCESSOR.prompt_ids(long.prompt)
     assert example.chosen.tolist() == ids(" " + "x" * 49)  # 50 ids; the text does not end here: no EOS
