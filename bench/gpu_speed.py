@@ -251,7 +251,7 @@ def memory(s: Sizes, report: Report) -> None:
         if compiled:
             compile_blocks(model.language_model.layers)
         for tokens in (2048, 8192, 16384) if s.cuda else (s.row,):
-            row = fill_row(made, tokens).to(s.device)
+            row = fill_row(made, tokens)
             for i, recomputed in enumerate((0, layers // 2, layers)):
                 model.language_model.checkpointed = recomputed
                 peak, spent = peak_of_a_step(model, row, s)
@@ -284,6 +284,7 @@ def peak_of_a_step(model, row: packing.Packed, s: Sizes) -> tuple[float, float]:
 
 
 def step(model, row: packing.Packed) -> None:
+    row = row.to(model.lm_head.weight.device)  # each time: what the tower makes of its pictures is kept
     with autocast_for(model.lm_head.weight):
         total = sum(logps.sum() for logps in packing.packed_logps(model, row) if logps is not None)
     total.backward()
@@ -305,13 +306,13 @@ def profile(s: Sizes, report: Report) -> None:
     if has_flash(s.device):
         compile_blocks(model.language_model.layers)
     made = examples(s.full, 8, s.prompt, s.response)
-    row = fill_row(made, s.row).to(s.device)
+    row = fill_row(made, s.row)
     for _ in range(3 if s.cuda else 1):
-        run_both(model, row)
+        run_both(model, row.to(s.device))  # each time: what the tower makes of its pictures is kept
     wait(s.device)
     with torch_profile(activities=[ProfilerActivity.CUDA if s.cuda else ProfilerActivity.CPU]) as profiler:
         for _ in range(3):
-            run_both(model, row)
+            run_both(model, row.to(s.device))
         wait(s.device)
     own = {event.key: time_of(event, s) for event in profiler.key_averages()}
     by_kind = defaultdict(float)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench import gpu_check, gpu_correct, gpu_speed
+from bench import gpu_check, gpu_correct, gpu_speed, measuring
 from bench.measuring import Report
 from engine import head
 
@@ -73,3 +73,15 @@ def test_a_part_that_breaks_off_leaves_the_verdicts_of_those_before_it(monkeypat
 )
 def test_kinds_of_kernels(name, kind):
     assert gpu_speed.kind_of(name) == kind
+
+
+def test_each_measured_step_runs_the_tower(monkeypatch):
+    """A row keeps what the tower made of its pictures; measured again, the same row would be faster than training."""
+    s = measuring.sizes()
+    model = measuring.adapted_model(s.small, torch.float32, s.device)
+    row = measuring.fill_row(measuring.examples(s.small, 1, s.prompt, s.response), tokens=1)
+    seen, tower = [], type(model.vision_tower).forward
+    monkeypatch.setattr(type(model.vision_tower), "forward", lambda t, x: seen.append(len(x)) or tower(t, x))
+    gpu_speed.step(model, row)
+    gpu_speed.step(model, row)
+    assert seen == [2, 2]  # m_w and m_l
