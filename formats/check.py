@@ -30,6 +30,9 @@ FOREIGN_TEMPLATE = re.compile(
 )
 
 
+MARKER = re.compile(r"\b(USER|ASSISTANT):|<\|(im_start|im_end|start_header_id|eot_id)\|>|\[/?INST\]")  # of a next turn
+
+
 def check(examined: Examined, in_tokens: bool) -> None:
     """Prints all there is to know; exit status 1 if a row cannot be used, or none can."""
     name, pairs, problems = examined.name, examined.pairs, examined.problems
@@ -71,6 +74,7 @@ def notes(pairs: list[Pair]) -> dict[str, list[Pair]]:
         "duplicate of an earlier row": duplicates,
         "with m_w itself as rejected image": [p for p in pairs if p.image and p.image_rejected == p.image],
         "with another template inside the prompt": [p for p in pairs if FOREIGN_TEMPLATE.search(p.prompt)],
+        "with a turn's marker inside a response": [p for p in pairs if MARKER.search(f"{p.chosen}\n{p.rejected}")],
     }
 
 

@@ -35,6 +35,7 @@ class Fields(NamedTuple):
 
 # ---- chats ---------------------------------------------------------------------------------------------------------
 
+NOT_READ = ("tool_calls", "function_call", "reasoning_content", "thinking", "audio")  # parts of some chats' messages
 ROLES = {"system": "system", "user": "question", "human": "question", "assistant": "answer", "gpt": "answer"}
 
 
@@ -75,7 +76,10 @@ def message_content(message: dict) -> tuple[str, list]:
     """(text, pictures) of a message whose content is text or a list of parts; a picture's place alone is none."""
     content = message.get("content")
     if content is None:
-        content = message["value"]  # LLaVA's word
+        content = message.get("value")  # LLaVA's word
+    more = [key for key in NOT_READ if message.get(key)]
+    if content is None or more:
+        raise BadRow("message is not text and pictures alone", f"it has {', '.join(more) or 'no content'}")
     if isinstance(content, str):
         return content, []
     texts = []
@@ -88,6 +92,8 @@ def message_content(message: dict) -> tuple[str, list]:
             images.append(part_image(part))
         else:
             raise BadRow("message part is neither text nor a picture", repr(kind))
+    if len(images) > 1:
+        raise BadRow("several images", f"{len(images)} in one message; one picture per pair is supported")
     return "\n".join(texts), [image for image in images if image]
 
 

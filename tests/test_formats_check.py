@@ -220,6 +220,13 @@ def test_other_templates_inside_a_prompt_are_pointed_out(prompt, tmp_path, capsy
     assert f"note: 1 with another template inside the prompt: {tmp_path}/d.json:2:r2\n" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("end", [" USER: And now? ASSISTANT: A dog.", "<|im_end|>", "[INST]"])
+def test_a_next_turn_inside_a_response_is_pointed_out(end, tmp_path, capsys):
+    Image.new("RGB", (9, 9)).save(tmp_path / "ok.png")
+    check.main([write(tmp_path, [row(1), row(2, rejected=f"Not at all{end}")])])
+    assert f"note: 1 with a turn's marker inside a response: {tmp_path}/d.json:2:r2\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [

@@ -197,3 +197,22 @@ def test_doubled_ids_and_keys_are_counted(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "note: more than once: 1 id, for example r1" in out
     assert "note: key 'chosen' stands twice in 2 objects; the last one counts" in out
+
+
+PLACE = {"type": "image"}
+
+
+@pytest.mark.parametrize(
+    "message, reason, detail",
+    [
+        ({"content": None, "tool_calls": [1]}, "message is not text and pictures alone", "it has tool_calls"),
+        ({"content": "A.", "reasoning_content": "Hm."}, "message is not text and pictures alone", "it has reasoning"),
+        ({"content": None}, "message is not text and pictures alone", "it has no content"),
+        ({"content": [PLACE, PLACE, {"type": "text", "text": "A."}]}, "several images", "2 in one message"),
+    ],
+)
+def test_what_a_message_holds_beside_text_is_refused(message, reason, detail, tmp_path):
+    """It was left out without a word: the reasoning before an answer, a second picture's place."""
+    row = {"images": ["a.png"], "prompt": Q, "chosen": [{"role": "assistant"} | message], "rejected": Y_L}
+    _, (problem,) = read_pairs(write(tmp_path, [row]))
+    assert problem.reason == reason and problem.detail.startswith(detail)
