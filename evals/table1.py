@@ -109,8 +109,8 @@ def check_ready(args: argparse.Namespace) -> None:
     for url in (args.extractor, args.judge):
         if url:
             endpoint.check_endpoint(url)
-    files.check_writable(times_file(args))
     check_readable(args)
+    files.check_writable(times_file(args))
 
 
 def check_readable(args: argparse.Namespace) -> None:
