@@ -27,7 +27,7 @@ def read_sentencepiece(file: Path) -> Tokenizer:
     """SystemExit if the file is no sentencepiece BPE with byte fallback."""
     try:
         pieces, dummy_prefix = read_model(file.read_bytes())
-    except (IndexError, KeyError, UnicodeDecodeError, struct.error) as e:
+    except (LookupError, TypeError, AttributeError, UnicodeDecodeError, struct.error) as e:
         raise SystemExit(f"{file}: not a sentencepiece model ({type(e).__name__}: {e})") from None
     kinds = {piece.kind for piece in pieces}
     if BYTE not in kinds or UNKNOWN not in kinds:

@@ -78,9 +78,14 @@ def open_bin(file: Path) -> dict[str, Tensor]:
     with open(file, "rb") as f:
         mappable = f.read(2) == b"PK"  # torch >= 1.6 writes zip files; older ones must be read whole
     tensors = torch.load(file, map_location="cpu", mmap=mappable, weights_only=True)
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+    if not isinstance(tensors, dict) or not all(is_stored(*item) for item in tensors.items()):
         raise SystemExit(f"{file}: not a table of tensors by name; not opened")
     return tensors
+
+
+def is_stored(name, tensor) -> bool:
+    """Whether an item of a .bin file is a tensor with numbers, by its name."""
+    return isinstance(name, str) and isinstance(tensor, Tensor) and not tensor.is_meta
 
 
 def read_tensor(stored: Stored, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:

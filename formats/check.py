@@ -28,8 +28,6 @@ FOREIGN_TEMPLATE = re.compile(
     r"|^\s*(USER|ASSISTANT|Human|Assistant|Question):|^#+ ?(Human|Instruction|Response|Assistant)\b|<image_\d+>",
     re.MULTILINE,
 )
-
-
 MARKER = re.compile(r"\b(USER|ASSISTANT):|<\|(im_start|im_end|start_header_id|eot_id)\|>|\[/?INST\]")  # of a next turn
 
 

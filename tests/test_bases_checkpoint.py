@@ -384,7 +384,16 @@ def test_code_in_a_pickle_does_not_run(library, tmp_path, zipped):
     assert (tmp_path / "sentinel").exists()
 
 
-@pytest.mark.parametrize("content", [{"state_dict": {"a": torch.ones(1)}}, [torch.ones(1)], {"a": 1}])
+NO_TABLES = [
+    {"state_dict": {"a": torch.ones(1)}},
+    [torch.ones(1)],
+    {"a": 1},
+    {1: torch.ones(1)},
+    {"a": torch.ones(1, device="meta")},
+]
+
+
+@pytest.mark.parametrize("content", NO_TABLES)
 def test_a_bin_file_that_is_no_table_of_tensors(library, tmp_path, content):
     folder = write_original(library, tmp_path / "w")
     torch.save(content, folder / "pytorch_model-00002-of-00002.bin")

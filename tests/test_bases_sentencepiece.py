@@ -70,3 +70,11 @@ def test_sentencepiece_that_is_none(tmp_path):
         with pytest.raises(SystemExit, match=r"tokenizer\.model: "):
             read_sentencepiece(tmp_path / "tokenizer.model")
     assert isinstance(read_sentencepiece(write_pieces(tmp_path / "tokenizer.model")), Tokenizer)
+
+
+@pytest.mark.parametrize("data", [b"\x08\x05", b"\xff" * 99, b"\x0a\x02\x18\x06", b"{}"])
+def test_a_file_that_is_no_model(data, tmp_path):
+    """A piece that is a number, a number without end, a piece without text, JSON."""
+    (tmp_path / "tokenizer.model").write_bytes(data)
+    with pytest.raises(SystemExit, match="tokenizer.model: not a sentencepiece model"):
+        read_sentencepiece(tmp_path / "tokenizer.model")
