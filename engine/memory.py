@@ -5,6 +5,7 @@ costs up to a third more time. Shorter rows cost little, so the plan halves the 
 Nothing here changes a number: a step's gradients are sums over its examples however they are split.
 """
 
+import gc
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -98,6 +99,7 @@ def trial_step(parameters: list[nn.Parameter], step: Callable[[], None]) -> tupl
     del state
     for p in parameters:
         p.grad = None
+    gc.collect()  # an error's frames may hold the graph in a cycle, and the next trial would find no room
     torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()  # of this device, whoever else uses it
     return peak, SHARE * free / GIB
@@ -173,6 +175,7 @@ class Room:
         """`split(examples, size)` makes micro-batches of at most `size` (tokens or examples), one example at least."""
         self.decoder, self.parameters, self.split, self.size = decoder, parameters, split, size
         self.failed = False
+        self.repeats = False
 
     def micro_batches(self, examples: list[Example], clear: Callable[[], None]) -> Iterator[list[Example]]:
         """The step's micro-batches, again from the first one after a failure; `clear` forgets the step's sums."""
@@ -191,6 +194,7 @@ class Room:
 
     def make_more(self, micro: list[Example]) -> None:
         """Recomputes twice as many layers, then halves the micro-batch. SystemExit where neither is left."""
+        self.repeats = True
         layers = len(self.decoder.layers)
         if self.decoder.checkpointed < layers:
             self.decoder.checkpointed = min(layers, max(2 * self.decoder.checkpointed, math.ceil(layers / 4)))
@@ -207,7 +211,9 @@ class Room:
         )
 
     def __enter__(self) -> None:
-        pass
+        if self.repeats:  # the loop has let the graph go; a cycle may hold it still
+            gc.collect()
+        self.repeats = False
 
     def __exit__(self, kind, error, trace) -> bool:
         if kind is None or not issubclass(kind, torch.OutOfMemoryError):

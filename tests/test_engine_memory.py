@@ -101,10 +101,16 @@ def test_a_trial_step_stands_beside_gradients_and_adamw(monkeypatch):
     assert sorted(beside) == [(3,)] * 3 + [(1000, 7)] * 3  # the gradient and both moments
     assert all(ref() is None for ref in made) and all(p.grad is None for p in parameters)
 
+    activations = []
+
     def fail():
+        cycle = [torch.zeros(1)]
+        cycle.append(cycle)
+        activations.append(weakref.ref(cycle[0]))
         raise torch.OutOfMemoryError("injected")
 
     assert memory.trial_step(parameters, fail)[0] == math.inf
+    assert activations[0]() is None
     assert all(p.grad is None for p in parameters)
 
 
@@ -207,6 +213,8 @@ def failing(score, calls: set[int], where: str):
         if len(made) in calls:
             logps.chosen.register_hook(hook)
             graphs.append(weakref.ref(logps.chosen))
+            cycle = [logps.chosen]
+            cycle.append(cycle)  # as the frames of a caught error can be: only the collector frees it
         return logps
 
     return scored
