@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from external import files
+from external.terminal import count
 
 # Types that weights have, as safetensors and as .bin files call them.
 FLOATING = ("F64", "F32", "F16", "BF16", "torch.float64", "torch.float32", "torch.float16", "torch.bfloat16")
@@ -35,7 +36,7 @@ def shard_files(folder: Path) -> tuple[list[Path], dict[str, Path]]:
             absent = sorted({file for file in table.values() if not (folder / file).is_file()})
             if absent:
                 raise SystemExit(
-                    f"{folder}/{index} names {len(absent)} file(s) that are not there: {', '.join(absent[:10])}. "
+                    f"{folder}/{index} names {count(len(absent), 'file')} not there: {', '.join(absent[:10])}. "
                     "Is the download complete?"
                 )
             listed = {name: folder / file for name, file in table.items()}

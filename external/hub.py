@@ -3,6 +3,8 @@
 from fnmatch import fnmatch
 from pathlib import Path
 
+from external.terminal import count
+
 
 def download(
     repository: str,
@@ -58,7 +60,7 @@ def announce(repository: str, patterns: tuple[str, ...], repo_type: str, info) -
             left += file.size or 0
     licence = (info.card_data or {}).get("license") or "none given on the hub"
     print(
-        f"{repository} at {info.sha[:8]}: {len(matching)} files, {size / 1e6:,.1f} MB, of these {left / 1e6:,.1f} MB "
-        f"to download into {constants.HF_HUB_CACHE}; licence: {licence}",
+        f"{repository} at {info.sha[:8]}: {count(len(matching), 'file')}, {size / 1e6:,.1f} MB, of these "
+        f"{left / 1e6:,.1f} MB to download into {constants.HF_HUB_CACHE}; licence: {licence}",
         flush=True,
     )

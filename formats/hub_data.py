@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from external.hub import download
-from external.terminal import LONGEST, printable
+from external.terminal import LONGEST, count, printable
 from formats.rows import SUFFIXES
 
 ROWS = ("*.json", "*.jsonl", "*.parquet")
@@ -143,7 +143,7 @@ def unpack(name: str, rows: Path, folder: Path, stems: set[str]) -> Path | None:
         return out
     out.parent.mkdir(parents=True, exist_ok=True)
     names = ", ".join(archive.name for archive in archives)
-    print(f"{name}: unpacking {len(stems):,} pictures from {names} into {out}", flush=True)
+    print(f"{name}: unpacking {count(len(stems), 'picture')} from {names} into {out}", flush=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as temporary:
         root = Path(temporary).resolve() / "pictures"
         root.mkdir()

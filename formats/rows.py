@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from external import files
-from external.terminal import LONGEST, printable
+from external.terminal import LONGEST, count, printable
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
 METADATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")  # never rows
@@ -52,7 +52,8 @@ def data_files(data: Path) -> list[Path]:
             found.append(file)
     train = [f for f in found if "train" in f.name]
     if train and len(train) < len(found):
-        print(f"{data}: reading {', '.join(f.name for f in train)}; {len(found) - len(train)} other files left alone")
+        others = count(len(found) - len(train), "other file")
+        print(f"{data}: reading {', '.join(f.name for f in train)}; {others} left alone")
         found = train
     if not found:
         hint = ""
@@ -62,7 +63,7 @@ def data_files(data: Path) -> list[Path]:
     if len(found) > 1 and any(f.suffix.lower() != ".parquet" for f in found):
         raise SystemExit(f"{data}: several data files ({', '.join(f.name for f in found)}); give one of them")
     refuse_missing_shards(data, found)
-    if len(found) > 1:
+    if len(found) > 1 and found != train:
         print(f"{data}: reading {len(found)} files as one set: {printable(', '.join(f.name for f in found), LONGEST)}")
     return found
 

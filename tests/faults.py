@@ -15,6 +15,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+from external.terminal import count
 from tests import (  # noqa: F401  each puts its faults into FAULTS
     faults_data,
     faults_endpoint,
@@ -66,7 +67,9 @@ def markdown(results: list[tuple[Fault, Outcome]]) -> str:
 
 def summary(results: list[tuple[Fault, Outcome]]) -> str:
     counts = Counter(outcome.verdict for _, outcome in results)
-    return f"{len(results)} faults: " + ", ".join(f"{counts[verdict]} {verdict}" for verdict in ("OK", "POOR", "BUG"))
+    return f"{count(len(results), 'fault')}: " + ", ".join(
+        f"{counts[verdict]} {verdict}" for verdict in ("OK", "POOR", "BUG")
+    )
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -212,7 +212,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2\nsize 4
         (lambda f: truncate(f / SHARD), "00002-of-00003.safetensors: truncated or damaged"),
         (lambda f: truncate(f / SHARD, 0), "00002-of-00003.safetensors: truncated or damaged"),
         (lambda f: (f / SHARD).write_bytes(POINTER), "00002-of-00003.safetensors: truncated or damaged"),
-        (lambda f: (f / SHARD).unlink(), r"names 1 file\(s\) that are not there: model-00002-of-00003.safetensors"),
+        (lambda f: (f / SHARD).unlink(), r"names 1 file not there: model-00002-of-00003.safetensors"),
         (lambda f: (f / "config.json").unlink(), r"no config\.json"),
         (lambda f: truncate(f / "config.json"), r"config\.json: broken JSON"),
         (lambda f: (f / "config.json").write_text("[1]"), r"config\.json: holds a list"),

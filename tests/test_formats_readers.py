@@ -310,7 +310,7 @@ def test_folder(tmp_path, capsys):
     write(tmp_path, [row(id="t")], "test-0.parquet")
     write(tmp_path, [{"features": {}}], "dataset_info.json")
     assert [p.id for p in read_pairs(tmp_path)[0]] == ["0", "1"]
-    assert "1 other files left alone" in capsys.readouterr().out
+    assert "1 other file left alone" in capsys.readouterr().out
     for file in [*shards, tmp_path / "test-0.parquet"]:
         file.unlink()
     with pytest.raises(SystemExit, match="no .json, .jsonl or .parquet"):
