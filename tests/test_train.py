@@ -377,3 +377,15 @@ def test_the_last_smaller_batch_is_averaged_over_what_it_holds(tiny_base, pairs_
         run(tiny_base, pairs_file, tmp_path / str(batch), "--batch", batch, "--epochs", 1, "--lr", 1e-12)
     whole, three, two = gradients
     torch.testing.assert_close(3 * three + 2 * two, 5 * whole, rtol=1e-3, atol=1e-5)
+
+
+def test_a_toy_run_that_cannot_begin_ends_before_its_base_is_made(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(train.toy, "make_world", lambda folder, seed: made.append(folder))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "args.json").write_text("{}")
+    with pytest.raises(SystemExit, match="a run was begun here"):
+        train.main(["--base", "toy", "--out", str(tmp_path / "run")])
+    with pytest.raises(SystemExit, match="is not a writable folder"):
+        train.main(["--base", "toy", "--out", str(tmp_path / "run" / "args.json" / "x")])
+    assert made == []
