@@ -363,10 +363,10 @@ def train_toy(args: argparse.Namespace) -> None:
         raise SystemExit("--weights: the toy base is trained here. For one that is ready, give its folder as --base.")
     torch.set_num_threads(1)  # models this small gain little from a second, and waiting for a shared core costs minutes
     probe(run_folder_of(args), args.resume)  # before the minute that a new base takes
-    if args.data:
-        print("--data: the toy knows the words of its own captions; all others are <unk> to it")
     folder = (args.out.parent if args.out else Path("runs")) / f"toy-world-{args.seed}"
     world = distributed.join()
+    if world.main and args.data:
+        print("--data: the toy knows the words of its own captions; all others are <unk> to it")
     if world.main:
         toy.make_world(folder, args.seed)
     world.wait()
