@@ -41,10 +41,11 @@ def example_loader(data: PairData, keys: Sequence[tuple[int, int]], workers: int
     atexit.register(end_workers)
     try:
         yield from loader
+        return
     except LostPicture as e:
-        raise SystemExit(
-            str(e).rpartition("LostPicture: ")[2].strip()
-        ) from None  # a worker's brings its traceback along
+        lost = str(e).rpartition("LostPicture: ")[2].strip()  # a worker's brings its traceback along
+        e.__traceback__ = None  # it holds the loader: freed in some later collection, that would wait for its workers
+    raise SystemExit(lost)
 
 
 def begin_worker(number: int) -> None:
@@ -103,7 +104,8 @@ def fit_shared_memory(example: int, workers: int, ahead: int, free: float) -> tu
 
 def free_shared_memory() -> float:
     """This process's share of the free bytes of /dev/shm; no limit where there is no such folder."""
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's: each has workers of its own
+    told = os.environ.get("LOCAL_WORLD_SIZE", "1")  # by torchrun: each process has workers of its own
+    processes = max(1, int(told)) if told.isdigit() else 1
     try:
         return shutil.disk_usage("/dev/shm").free / processes
     except OSError:

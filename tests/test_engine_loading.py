@@ -69,11 +69,13 @@ def test_bytes_of_an_example(data, strategy, bytes_of_m_l):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_picture_that_has_gone_is_named(data, workers, tmp_path):
+    before = multiprocessing.active_children()  # of other tests
     (tmp_path / "pairs/3.png").unlink()
     with pytest.raises(SystemExit) as e:  # from a worker too, without its traceback
         list(example_loader(data, epoch_keys(5, 1, seed=0), workers))
     place = f"{tmp_path}/pairs/pairs.json:4: id 'p3': {tmp_path.resolve()}/pairs/3.png"
     assert str(e.value) == f"{place}: missing image; it was there when the run began"
+    assert set(multiprocessing.active_children()) <= set(before)  # nothing waits for the workers later
 
 
 def test_every_epoch_has_its_own_order():
@@ -143,8 +145,9 @@ def test_a_worker_is_silent_where_the_run_has_died(capsys):
 
 def test_processes_share_what_is_free(monkeypatch):
     free = free_shared_memory()
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert free_shared_memory() == pytest.approx(free / 4, rel=0.5)  # others use the folder meanwhile
+    for told, processes in (("4", 4), ("0", 1), ("x", 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", told)
+        assert free_shared_memory() == pytest.approx(free / processes, rel=0.5)  # others use the folder meanwhile
 
 
 def test_workers_hand_over_levels_of_one_byte(data):
