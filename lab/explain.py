@@ -20,6 +20,7 @@ import pictures
 from data import Example, PairData
 from external import files
 from external.flags import file_ending
+from external.terminal import count
 from lab.explain_html import (
     END,
     bar,
@@ -370,7 +371,7 @@ def main(argv=None) -> None:
     pairs = [pair_numbers(opened.model, opened.data[key], settings) for key in opened.keys]
     articles = [article(numbers, opened.data, settings.beta) for numbers in pairs]
     files.write_text(args.out, page(articles, pairs, settings, args))
-    print(f"{args.out}: {len(pairs)} pair(s), {args.out.stat().st_size / 1024:.0f} KB; open it in a browser")
+    print(f"{args.out}: {count(len(pairs), 'pair')}, {args.out.stat().st_size / 1024:.0f} KB; open it in a browser")
 
 
 if __name__ == "__main__":
