@@ -7,6 +7,7 @@ vision tower may be in a folder of its own. Modules are built on the meta device
 import hashlib
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -222,8 +223,13 @@ def base_sha256(folder: Path, vision: Path | None = None) -> str:
     tensors, vision = checkpoint_tensors(folder, vision)
     weights = {stored.file for stored in tensors.values()}
     small = {folder / name for name in DECIDING if (folder / name).is_file()}
+    return files_sha256(weights | small, folder)
+
+
+def files_sha256(deciding: Iterable[Path], folder: Path) -> str:
+    """One hash over the names and bytes of files of a folder."""
     total = hashlib.sha256()
-    for file in progress(sorted(weights | small), f"hashing {folder.name}"):
+    for file in progress(sorted(deciding), f"hashing {folder.name}"):
         total.update(f"{file.name} {file_sha256(file)}\n".encode())
     return total.hexdigest()
 

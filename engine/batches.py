@@ -72,7 +72,7 @@ def workers_watched():
         if "Too many open files" in str(e):
             raise SystemExit("Too many open files: raise the limit (ulimit -n 4096), or lower --workers.") from None
         if "can't allocate memory" in str(e):
-            raise SystemExit("Not enough memory on this machine: take a smaller base, --lora-r or --batch.") from None
+            raise SystemExit("Not enough memory on this machine: lower --micro-batch or --lora-r.") from None
         if isinstance(e, OSError) and e.errno in OUTSIDE:
             place = "standard output" if e.filename is None and output_is_gone() else e.filename
             raise SystemExit(f"{place}: {e.strerror}.") from None

@@ -75,17 +75,13 @@ def every_word(text: str) -> list[str]:
     return [word for word in WORD.findall(text) if word != "can"]
 
 
-def is_texts(value) -> bool:
-    return isinstance(value, list) and all(isinstance(text, str) for text in value)
-
-
 def load_similarity(source: str) -> Callable[[str, str], bool]:
     """`exact`, or the file of evals.similarity: pairs [a, b] whose similarity is above 0.8 (or a bare list of them)."""
     if source == "exact":
         return operator.eq
     found = files.read_json(source)
     pairs = found.get("pairs") if isinstance(found, dict) else found
-    if not isinstance(pairs, list) or not all(is_texts(pair) and len(pair) == 2 for pair in pairs):
+    if not isinstance(pairs, list) or not all(stats.is_texts(pair) and len(pair) == 2 for pair in pairs):
         raise SystemExit(f'{source}: must be a JSON list of pairs, such as [["sofa", "couch"]].')
     similar = {frozenset(pair) for pair in pairs}
     return lambda a, b: a == b or frozenset((a, b)) in similar
@@ -111,14 +107,14 @@ def load_data(folder: str) -> tuple[list[dict], dict[str, list[str]], set[str]]:
         if not isinstance(row, dict) or row.get("id") != i or not is_annotation(row):
             raise SystemExit(f"{folder}/annotations.json: row {i} is not AMBER's; use the official file.")
     for word, related in relation.items():
-        if not is_texts(related):
+        if not stats.is_texts(related):
             raise SystemExit(f"{folder}/relation.json: {word!r} is not AMBER's; use the official file.")
     return annotations, relation, set(files.read_text(Path(folder) / "safe_words.txt").split())
 
 
 def is_annotation(row: dict) -> bool:
     if row.get("type") == "generative":
-        return is_texts(row.get("truth")) and is_texts(row.get("hallu"))
+        return stats.is_texts(row.get("truth")) and stats.is_texts(row.get("hallu"))
     return isinstance(row.get("type"), str) and row.get("truth") in ("yes", "no")
 
 

@@ -44,6 +44,11 @@ def question_of(row: dict) -> str:
     return str(row.get("question") or row.get("prompt") or "")
 
 
+def is_texts(value) -> bool:
+    """Whether a value of a JSON file is a list of texts."""
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
 def check_unique(ids: list, rows: list[dict], name: str) -> dict:
     """id -> row. SystemExit naming both places if an id is there twice."""
     found = {}

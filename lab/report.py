@@ -18,6 +18,7 @@ from statistics import mean
 from typing import NamedTuple
 
 from bases.adapter import adapter_sha256
+from evals.stats import is_texts
 from external import files
 from external.terminal import count, printable, set_up_terminal
 from lab import plotting
@@ -106,10 +107,10 @@ def is_result(result: dict) -> bool:
         RESULT <= result.keys()
         and is_numbers(result["metrics"])
         and are_generations(result)
-        and are_texts(result["warnings"])
-        and are_texts(result.get("not_comparable", []))
+        and is_texts(result["warnings"])
+        and is_texts(result.get("not_comparable", []))
         and isinstance(answers, list)
-        and all(isinstance(own, dict) and are_texts([own.get("path"), own.get("sha256")]) for own in answers)
+        and all(isinstance(own, dict) and is_texts([own.get("path"), own.get("sha256")]) for own in answers)
     )
 
 
@@ -118,10 +119,6 @@ def is_numbers(metrics) -> bool:
     if not isinstance(metrics, dict):
         return False
     return all(value is None or type(value) in (int, float) and abs(value) < 1e9 for value in metrics.values())
-
-
-def are_texts(values) -> bool:
-    return isinstance(values, list) and all(isinstance(text, str) for text in values)
 
 
 def cell(found: dict[str, dict], column: Column, footnotes: dict[str, str]) -> str:

@@ -3,7 +3,6 @@
 Not from a paper.
 """
 
-import hashlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,10 +15,7 @@ from pds.runner import Row
 
 def describe_model(name: str, folder: Path, deciding: list[Path]) -> dict:
     """Which model it was, for the settings: its name, the hub's revision, and one hash over the files that decide."""
-    total = hashlib.sha256()
-    for file in progress(sorted(deciding), f"hashing {folder.name}"):
-        total.update(f"{file.name} {checkpoint.file_sha256(file)}\n".encode())
-    return named_model(name, folder, total.hexdigest())
+    return named_model(name, folder, checkpoint.files_sha256(deciding, folder))
 
 
 def named_model(name: str, folder: Path, sha256: str) -> dict:
